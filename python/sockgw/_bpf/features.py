@@ -1,0 +1,308 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What this host can do for a path, found out without changing anything.
+
+Owns the probes: each answers supported, unsupported or inconclusive, with
+what it found and the way out. `--accel auto`, `sockgw check` and the skips of
+the tests are their three users. A probe reads files and tries an import; that
+the kernel really splices, only a loaded datapath proves.
+"""
+
+from __future__ import annotations
+
+import enum
+import importlib
+import os
+import re
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Final
+
+from sockgw.errors import ConfigError, UnsupportedKernelError
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable
+
+NOT_BUILT: Final = "not built in this version"
+BPF_OBJECT: Final = Path(__file__).with_name("sockmap.bpf.o")
+KERNEL_BTF: Final = Path("/sys/kernel/btf/vmlinux")
+
+
+class Verdict(enum.Enum):
+    """What a probe can say; only `SUPPORTED` lets a path be tried."""
+
+    SUPPORTED = "supported"
+    UNSUPPORTED = "unsupported"
+    INCONCLUSIVE = "inconclusive"
+
+
+@dataclass(frozen=True, slots=True)
+class Feature:
+    """One probe's answer: `str()` is the line a user should read.
+
+    `reason` is the label under which `gateway_fallbacks_total` counts the
+    feature's absence; `remedy` is empty when nothing is wrong.
+    """
+
+    name: str
+    verdict: Verdict
+    detail: str
+    remedy: str
+    reason: str
+
+    def __str__(self) -> str:
+        """Return what was found, then the way out."""
+        text = f"{self.name}: {self.detail}"
+        return f"{text}; {self.remedy}" if self.remedy else text
+
+
+@dataclass(frozen=True, slots=True)
+class _Lack:
+    """How the absence of a feature is counted, and what a user can do."""
+
+    reason: str
+    remedy: str
+
+
+# First what no privilege can mend, then what one can: `first_obstacle` reports
+# in this order.
+_LACKS: Final = {
+    "binding": _Lack(
+        "no_binding",
+        "install a sockgw wheel, or run `make` in the checkout (it needs clang and libbpf-dev)",
+    ),
+    "kernel": _Lack(
+        "kernel_too_old",
+        "boot a kernel that is >= 6.16, or 6.15.3+, 6.12.34+, 6.6.94+ or 6.1.142+: before these, "
+        "a full send buffer duplicates bytes",
+    ),
+    "btf": _Lack("no_btf", "boot a kernel built with CONFIG_DEBUG_INFO_BTF=y"),
+    "capabilities": _Lack(
+        "missing_capability",
+        "run as root, or grant CAP_BPF, CAP_NET_ADMIN and CAP_PERFMON to the process (systemd: "
+        "AmbientCapabilities=; setcap has no effect on a script); the relay needs none",
+    ),
+    "cgroup2": _Lack(
+        "no_cgroup2",
+        "mkdir -p /sys/fs/cgroup/unified && mount -t cgroup2 none /sys/fs/cgroup/unified",
+    ),
+}
+
+# Without a cgroup2 only the sockops program is lost: splice works, its log
+# lines lack the round-trip times.
+_NEEDS: Final[dict[str, tuple[str, ...]]] = {
+    "splice": ("binding", "kernel", "btf", "capabilities"),
+    "relay": (),
+}
+
+
+def _feature(name: str, verdict: Verdict, detail: str) -> Feature:
+    lack = _LACKS[name]
+    remedy = "" if verdict is Verdict.SUPPORTED else lack.remedy
+    return Feature(name, verdict, detail, remedy, lack.reason)
+
+
+def all(cgroup: Path | None = None) -> tuple[Feature, ...]:  # noqa: A001 -- read as features.all()
+    """Run every probe, in the order in which their obstacles are reported.
+
+    Raises ConfigError when a `cgroup` is given and is not one.
+    """
+    return binding(), kernel(), btf(), capabilities(), cgroup2(cgroup)
+
+
+def first_obstacle(path: str, features: Iterable[Feature]) -> Feature | None:
+    """Return what keeps `path`, one of DESIGN.md's words, from working here."""
+    return next(iter(obstacles(path, features)), None)
+
+
+def obstacles(path: str, features: Iterable[Feature]) -> tuple[Feature, ...]:
+    """Return everything that keeps `path` from working; nothing does: ()."""
+    if path not in _NEEDS:
+        return (Feature(path, Verdict.UNSUPPORTED, NOT_BUILT, "use --accel auto", "not_built"),)
+    lacking = (f for f in features if f.verdict is not Verdict.SUPPORTED)
+    return tuple(feature for feature in lacking if feature.name in _NEEDS[path])
+
+
+def binding() -> Feature:
+    """Probe for the compiled binding and the BPF object beside it."""
+    try:
+        importlib.import_module("sockgw._bpf._binding")
+    except ImportError as error:
+        return _feature("binding", Verdict.UNSUPPORTED, str(error))
+    if not BPF_OBJECT.is_file():
+        return _feature("binding", Verdict.UNSUPPORTED, f"{BPF_OBJECT} is missing")
+    return _feature("binding", Verdict.SUPPORTED, f"{BPF_OBJECT.name} and libbpf are here")
+
+
+# --- kernel
+
+
+# Where the patch level of each upstream line reached the fix for duplicated
+# bytes (KERNEL.md, 6); from 6.16 on every release has it.
+_FIXED_IN: Final = {(6, 1): 142, (6, 6): 94, (6, 12): 34, (6, 15): 3}
+_FIXED_SINCE: Final = (6, 16)
+
+
+def kernel(release: str | None = None) -> Feature:
+    """Probe the running kernel's version, or judge `release` by itself."""
+    if release is None:
+        uname = os.uname()
+        signature = Path("/proc/version_signature")  # Ubuntu's kernels only
+        release, build = uname.release, uname.version
+        ubuntu = signature.read_text(encoding="utf-8") if signature.is_file() else ""
+    else:
+        build = ubuntu = ""
+    version = upstream_version(release, build, ubuntu)
+    if version is None:
+        return _feature("kernel", Verdict.INCONCLUSIVE, f"cannot read a version in {release!r}")
+    named = ".".join(map(str, version))
+    is_told = release.startswith(named.removesuffix(".0"))
+    detail = release if is_told else f"{release}, upstream {named}"
+    *line, patch = version
+    fixed = tuple(line) >= _FIXED_SINCE or patch >= _FIXED_IN.get((line[0], line[1]), patch + 1)
+    return _feature("kernel", Verdict.SUPPORTED if fixed else Verdict.UNSUPPORTED, detail)
+
+
+def upstream_version(release: str, build: str, ubuntu: str) -> tuple[int, int, int] | None:
+    """Return the upstream version of a kernel, or None if nothing names one.
+
+    Distributions that name their kernels by ABI (6.1.0-37-amd64) hide the
+    patch level in `release`; Debian tells it at the end of `build` (uname's
+    version, /proc/version), Ubuntu in /proc/version_signature.
+    """
+    for text, pattern in (
+        (build, r"#.*\bDebian (\d+)\.(\d+)\.(\d+)"),  # not the compiler's, before the '#'
+        (ubuntu, r"(\d+)\.(\d+)\.(\d+)\s*$"),
+        (release, r"^(\d+)\.(\d+)(?:\.(\d+))?"),
+    ):
+        if match := re.search(pattern, text):
+            major, minor, patch = (int(number or 0) for number in match.groups())
+            return major, minor, patch
+    return None
+
+
+def btf() -> Feature:
+    """Probe for the kernel's own type information, which CO-RE needs."""
+    try:
+        with KERNEL_BTF.open("rb") as file:
+            file.read(1)
+    except OSError as error:
+        return _feature("btf", Verdict.UNSUPPORTED, f"{KERNEL_BTF}: {error.strerror}")
+    return _feature("btf", Verdict.SUPPORTED, str(KERNEL_BTF))
+
+
+# --- rights
+
+
+# Bits of CapEff, <linux/capability.h>.
+_CAP_SYS_ADMIN: Final = 21
+_CAPABILITIES: Final = {"CAP_NET_ADMIN": 12, "CAP_PERFMON": 38, "CAP_BPF": 39}
+
+# PROC_USER_INIT_INO, <linux/proc_ns.h>: bpf(2) asks for capabilities in the
+# initial user namespace; root in any other gets EPERM.
+_INITIAL_USER_NAMESPACE: Final = "user:[4026531837]"
+
+
+def capabilities() -> Feature:
+    """Probe for the capabilities that loading, attaching and pairing take."""
+    try:
+        status = Path("/proc/self/status").read_text(encoding="utf-8")
+        namespace = os.readlink("/proc/self/ns/user")  # noqa: PTH115 -- not a path
+    except OSError as error:
+        return _feature("capabilities", Verdict.INCONCLUSIVE, f"/proc/self: {error.strerror}")
+    missing = missing_capabilities(status)
+    if missing:
+        detail = f"missing {', '.join(missing)}"
+    elif namespace != _INITIAL_USER_NAMESPACE:
+        detail = "held in a user namespace only, where bpf(2) does not count them"
+    else:
+        detail = f"all that splice takes, as uid {os.geteuid()}"
+        return _feature("capabilities", Verdict.SUPPORTED, detail)
+    return _feature("capabilities", Verdict.UNSUPPORTED, detail)
+
+
+def missing_capabilities(status: str) -> tuple[str, ...]:
+    """Return the names that CapEff lacks in `status`, a /proc/PID/status.
+
+    CAP_SYS_ADMIN stands in for all of them (`bpf_token_capable`; 6.18: it
+    alone loads, attaches to sock_map and the cgroup, and updates).
+    """
+    match = re.search(r"^CapEff:\s*([0-9a-f]+)$", status, re.MULTILINE)
+    effective = int(match[1], 16) if match else 0
+    if effective >> _CAP_SYS_ADMIN & 1:
+        return ()
+    return tuple(sorted(name for name, bit in _CAPABILITIES.items() if not effective >> bit & 1))
+
+
+# --- cgroup2
+
+
+def cgroup2(path: Path | None = None) -> Feature:
+    """Probe for a cgroup2 to attach to: `path`, or the first one mounted.
+
+    Raises ConfigError when `path` is not one: that is no lack of the host.
+    """
+    try:
+        return _feature("cgroup2", Verdict.SUPPORTED, str(find_cgroup2(path)))
+    except UnsupportedKernelError:
+        return _feature("cgroup2", Verdict.UNSUPPORTED, "none in /proc/self/mounts")
+    except OSError as error:
+        return _feature("cgroup2", Verdict.INCONCLUSIVE, f"/proc/self: {error.strerror}")
+
+
+def find_cgroup2(path: Path | None = None) -> Path:
+    """Return a directory on cgroup2: `path`, or the first mount of one.
+
+    Raises ConfigError when `path` is not one, UnsupportedKernelError when it
+    is None and no cgroup2 is mounted.
+    """
+    mounted = mounts("cgroup2")
+    if path is not None:
+        try:
+            if _device(path) in {device for device, _ in mounted} and path.is_dir():
+                return path
+            found = "not a directory on cgroup2"
+        except OSError as error:
+            found = error.strerror or str(error)
+        where = ", ".join(str(point) for _, point in mounted) or "nowhere on this host"
+        message = f"--cgroup {path}: {found}; cgroup2 is mounted at {where}"
+        raise ConfigError(message)
+    for device, point in mounted:
+        if _is_at(device, point):
+            return point
+    raise UnsupportedKernelError("cgroup2", _LACKS["cgroup2"].remedy)
+
+
+def mounts(filesystem: str) -> tuple[tuple[str, Path], ...]:
+    """Return device and mount point of each `filesystem` that is mounted."""
+    table = Path("/proc/self/mountinfo").read_text(encoding="utf-8", errors="surrogateescape")
+    return mounts_in(table, filesystem)
+
+
+def mounts_in(mountinfo: str, filesystem: str) -> tuple[tuple[str, Path], ...]:
+    """Return device and mount point of each `filesystem` in a /proc/PID/mountinfo.
+
+    proc_pid_mountinfo(5): ``36 35 0:31 / /point options [tags] - type ...``;
+    the device is the `st_dev` of every file there, and blanks in a mount
+    point are written in octal.
+    """
+    found = []
+    for line in mountinfo.splitlines():
+        mount, _, what = line.partition(" - ")
+        if what.split(" ")[0] == filesystem:
+            _, _, device, _, point, *_ = mount.split(" ")
+            name = re.sub(r"\\([0-7]{3})", lambda octal: chr(int(octal[1], 8)), point)
+            found.append((device, Path(name)))
+    return tuple(found)
+
+
+def _device(path: Path) -> str:
+    number = path.stat().st_dev
+    return f"{os.major(number)}:{os.minor(number)}"
+
+
+def _is_at(device: str, point: Path) -> bool:
+    """Whether the mount is within reach: another may hide it, or a mode."""
+    try:
+        return _device(point) == device
+    except OSError:
+        return False

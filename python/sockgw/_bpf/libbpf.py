@@ -1,0 +1,199 @@
+# SPDX-License-Identifier: Apache-2.0
+"""libbpf, typed and raising: objects, maps, links and ring buffers.
+
+Owns every libbpf handle and closes it; knows nothing of sessions or sockets'
+meaning. `_check` is the one place where a libbpf return value is compared:
+functions that return an int give -errno, those that return a pointer give
+NULL and set errno (libbpf >= 1.0).
+"""
+
+from __future__ import annotations
+
+import errno
+import mmap
+import os
+from typing import TYPE_CHECKING, Any
+
+from sockgw._bpf._binding import ffi, lib
+from sockgw.errors import DatapathError, VerifierError
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+    from pathlib import Path
+
+_LOST_RIGHTS = "a capability is missing (the relay needs none: --accel off)"
+_VERIFIER_SAID = b"processed "
+
+lib.sgw_log_capture()
+
+
+def version() -> str:
+    """Return libbpf's version, such as ``1.1``."""
+    text: bytes = ffi.string(lib.libbpf_version_string())
+    return text.decode().removeprefix("v")
+
+
+def _check(result: Any, operation: str, target: str) -> Any:  # noqa: ANN401 - an int or a cffi pointer
+    """Return `result` if the call succeeded, raise `DatapathError` if not."""
+    if isinstance(result, int):
+        if result >= 0:
+            return result
+        number = -result
+    elif result != ffi.NULL:
+        return result
+    else:
+        number = ffi.errno
+    raise DatapathError(
+        number, operation, target, _LOST_RIGHTS if number == errno.EPERM else ""
+    )
+
+
+class Map:
+    """A BPF map: keys and values are bytes of the sizes it was made with."""
+
+    def __init__(self, fd: int, name: str, key_size: int, value_size: int) -> None:
+        """Wrap `fd`, which stays its owner's."""
+        self.fd = fd
+        self.name = name
+        self._key_size = key_size
+        self._value_size = value_size
+
+    def put(self, key: bytes, value: bytes) -> None:
+        """Insert or replace `key`."""
+        _check(lib.bpf_map_update_elem(self.fd, key, value, 0), "update", self.name)
+
+    def get(self, key: bytes) -> bytes | None:
+        """Return the value of `key`, None when there is none."""
+        value = ffi.new("char[]", self._value_size)
+        try:
+            _check(lib.bpf_map_lookup_elem(self.fd, key, value), "look up", self.name)
+        except DatapathError as error:
+            if error.errno == errno.ENOENT:
+                return None
+            raise
+        return bytes(ffi.buffer(value))
+
+    def keys(self) -> Iterator[bytes]:
+        """Walk the keys; entries put or deleted meanwhile may be missed."""
+        key, following = ffi.NULL, ffi.new("char[]", self._key_size)
+        while True:
+            try:
+                _check(lib.bpf_map_get_next_key(self.fd, key, following), "walk", self.name)
+            except DatapathError as error:
+                if error.errno == errno.ENOENT:  # past the last key
+                    return
+                raise
+            yield bytes(ffi.buffer(following))
+            key, following = following, ffi.new("char[]", self._key_size)
+
+
+class Ring:
+    """The reading end of a ring buffer of slot numbers; one reader only."""
+
+    _MAX_RECORDS = 256
+
+    def __init__(self, size_bytes: int) -> None:
+        """Make a ring of at least `size_bytes`."""
+        pages = max(1, -(-size_bytes // mmap.PAGESIZE))
+        capacity = mmap.PAGESIZE << (pages - 1).bit_length()
+        self.fd: int = _check(lib.sgw_ring_create(capacity), "create", "spill_ring")
+        self._slots = ffi.new("uint32_t[]", self._MAX_RECORDS)
+        try:
+            self._ring = _check(lib.sgw_ring_open(self.fd), "open", "spill_ring")
+        except DatapathError:
+            os.close(self.fd)
+            raise
+
+    def drain(self) -> list[int]:
+        """Take what has been written, at most `_MAX_RECORDS`, oldest first."""
+        count = _check(
+            lib.sgw_ring_drain(self._ring, self._slots, self._MAX_RECORDS),
+            "read",
+            "spill_ring",
+        )
+        return list(self._slots[0:count])
+
+    def close(self) -> None:
+        """Unmap and close."""
+        lib.sgw_ring_close(self._ring)
+        os.close(self.fd)
+
+
+class Object:
+    """A BPF object file: opened, resized, loaded, attached, in this order."""
+
+    def __init__(self, path: Path) -> None:
+        """Open the object file at `path`; the kernel is not asked yet."""
+        lib.sgw_log_reset()
+        self._links: list[Any] = []
+        self._object = _check(
+            lib.bpf_object__open_file(os.fsencode(path), ffi.NULL), "open", path.name
+        )
+
+    def resize(self, name: str, entries: int) -> None:
+        """Give the map `name` room for `entries`; before `load` only."""
+        handle = self._handle(name)
+        _check(lib.bpf_map__set_max_entries(handle, entries), "resize", name)
+
+    def skip(self, name: str) -> None:
+        """Leave the program `name` out of the load."""
+        program = self._program(name)
+        _check(lib.bpf_program__set_autoload(program, False), "skip", name)  # noqa: FBT003 - a C bool
+
+    def load(self) -> None:
+        """Create the maps and load the programs.
+
+        Raises `VerifierError` when the verifier refuses one, and
+        `DatapathError` when the kernel refuses for any other reason.
+        """
+        lib.sgw_log_reset()
+        result = lib.bpf_object__load(self._object)
+        log: bytes = ffi.string(lib.sgw_log_text())
+        if result < 0 and _VERIFIER_SAID in log:
+            raise VerifierError(-result, "sockmap.bpf.o", log.decode(errors="replace"))
+        _check(result, "load", "sockmap.bpf.o")
+
+    def map(self, name: str) -> Map:
+        """Return the loaded map `name`."""
+        handle = self._handle(name)
+        return Map(
+            _check(lib.bpf_map__fd(handle), "find", name),
+            name,
+            lib.bpf_map__key_size(handle),
+            lib.bpf_map__value_size(handle),
+        )
+
+    def attach_verdict(self, program: str, sockets: Map) -> None:
+        """Attach `program` to the sockmap; it goes when the map goes."""
+        fd = _check(lib.bpf_program__fd(self._program(program)), "find", program)
+        _check(
+            lib.sgw_attach_verdict(fd, sockets.fd), f"attach {program} to", sockets.name
+        )
+
+    def attach_cgroup(self, program: str, cgroup: Path) -> None:
+        """Attach `program` to `cgroup` by a link, which dies with the process."""
+        fd = os.open(cgroup, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+        try:
+            link = _check(
+                lib.bpf_program__attach_cgroup(self._program(program), fd),
+                f"attach {program} to",
+                str(cgroup),
+            )
+        finally:
+            os.close(fd)
+        self._links.append(link)
+
+    def close(self) -> None:
+        """Detach and free everything."""
+        for link in self._links:
+            lib.bpf_link__destroy(link)
+        self._links.clear()
+        lib.bpf_object__close(self._object)
+
+    def _handle(self, name: str) -> Any:  # noqa: ANN401 - a cffi pointer
+        found = lib.bpf_object__find_map_by_name(self._object, name.encode())
+        return _check(found, "find", name)
+
+    def _program(self, name: str) -> Any:  # noqa: ANN401 - a cffi pointer
+        found = lib.bpf_object__find_program_by_name(self._object, name.encode())
+        return _check(found, "find", name)
