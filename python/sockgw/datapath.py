@@ -1,0 +1,358 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The kernel's half of the gateway: programs, maps, and the pairs in them.
+
+Sockets and sessions' counters cross this interface; cookies, file
+descriptors of maps and cffi's pointers never do. Closing the `Datapath`, or
+the death of the process, leaves nothing in the kernel: nothing is pinned, the
+verdict goes with the map and the sockops program with its link.
+"""
+
+from __future__ import annotations
+
+import errno
+import mmap
+import os
+import struct
+from collections import deque
+from dataclasses import dataclass
+from importlib.resources import as_file, files
+from typing import TYPE_CHECKING, Any
+
+from sockgw._bpf import libbpf
+from sockgw._bpf._binding import ffi, lib
+from sockgw.errors import DatapathError
+
+if TYPE_CHECKING:
+    import socket
+    from collections.abc import Callable
+    from pathlib import Path
+
+_SLOT_BYTES: int = ffi.sizeof("struct sock_slot")
+_SPILL_RECORD_BYTES = 8 + 8  # the ring's header, and the record rounded up to 8
+_SPILLS_PER_SLOT = 2  # a direction's spell is announced once; its last may lie unread
+_STATS = struct.Struct("=QQII")
+assert _STATS.size == ffi.sizeof("struct sock_stats")  # noqa: S101 - sockmap.h changed
+
+
+@dataclass(frozen=True, slots=True)
+class Totals:
+    """What the verdict has counted since the load, over all sessions."""
+
+    to_backend_bytes: int
+    to_client_bytes: int
+    redirected_segments: int
+    passed_segments: int
+
+
+@dataclass(frozen=True, slots=True)
+class Connection:
+    """What the sockops program saw of one connection."""
+
+    rtt_us: int
+    retransmits: int
+
+
+class Slot:
+    """The words of one paired direction, counted in bytes since pairing.
+
+    `redirected` and `passed` are the verdict's; `forward`, `hold` and
+    `release` are how userspace answers (KERNEL: one writer for each word).
+    """
+
+    __slots__ = ("_passed_before", "_redirected_before", "_words")
+
+    def __init__(self, words: Any) -> None:  # noqa: ANN401 - struct sock_slot *
+        """Start counting at the words' present values; no verdict may run yet."""
+        words.forwarded = words.passed
+        words.is_based = 0
+        words.hold = 0
+        self._words = words
+        self._redirected_before: int = words.redirected
+        self._passed_before: int = words.passed
+
+    @property
+    def redirected(self) -> int:
+        """Bytes that the verdict handed to the target's queue."""
+        return self._words.redirected - self._redirected_before  # type: ignore[no-any-return]
+
+    @property
+    def passed(self) -> int:
+        """Bytes that the verdict left on the source."""
+        return self._words.passed - self._passed_before  # type: ignore[no-any-return]
+
+    @property
+    def is_passing(self) -> bool:
+        """Whether passed bytes have not all been forwarded."""
+        return self._words.passed != self._words.forwarded  # type: ignore[no-any-return]
+
+    def forward(self, count: int) -> None:
+        """Count passed bytes as taken by the target's TCP; after send() only."""
+        lib.sgw_forward(self._words, count)
+
+    def hold(self) -> None:
+        """Make the verdict pass everything from now on, without a word."""
+        self._words.hold = 1
+
+    def release(self) -> bool:
+        """Let the verdict redirect again.
+
+        Returns False when bytes were passed that are not forwarded: they are
+        the caller's to copy, and the verdict goes on passing until they are.
+        """
+        return bool(lib.sgw_release(self._words))
+
+
+class Pair:
+    """The kernel's record of a session.
+
+    `to_backend` is None, and `refused` says why, when the client's socket was
+    refused after the backend's had entered the map: nothing is redirected
+    then, and the backend's bytes are passed.
+    """
+
+    __slots__ = ("_index", "_request", "refused", "to_backend", "to_client")
+
+    def __init__(self, request: Any, index: int, to_backend: Slot, to_client: Slot) -> None:  # noqa: ANN401 - struct sgw_pair *
+        """Made by `Datapath.pair` only."""
+        self._request = request
+        self._index = index
+        self.to_backend: Slot | None = to_backend
+        self.to_client = to_client
+        self.refused: DatapathError | None = None
+
+
+_STEP_OBJECTS = {
+    lib.SGW_STEP_CHECK: ("insert into", "sock_map"),
+    lib.SGW_STEP_BUFFERS: ("set", "SO_SNDBUF"),
+    lib.SGW_STEP_COOKIES: ("read", "SO_COOKIE"),
+    lib.SGW_STEP_PAIR_CLIENT: ("update", "sock_pair_map"),
+    lib.SGW_STEP_PAIR_BACKEND: ("update", "sock_pair_map"),
+    lib.SGW_STEP_SOCK_BACKEND: ("update", "sock_map"),
+    lib.SGW_STEP_SOCK_CLIENT: ("update", "sock_map"),
+    lib.SGW_STEP_KICK_BACKEND: ("set", "SO_RCVLOWAT"),
+    lib.SGW_STEP_KICK_CLIENT: ("set", "SO_RCVLOWAT"),
+}
+
+
+class Datapath:
+    """The loaded programs and maps; one for a gateway.
+
+    `pair` and `unpair` may be called from any thread, a worker's ring only
+    from that worker.
+    """
+
+    def __init__(self, bpf_object: libbpf.Object, *, sessions: int, workers: int) -> None:
+        """Made by `load` only."""
+        self._object = bpf_object
+        self._pair_map = bpf_object.map("sock_pair_map")
+        self._sock_map = bpf_object.map("sock_map")
+        self._stats = bpf_object.map("sock_stats")
+        self._slots = mmap.mmap(
+            bpf_object.map("sock_slots").fd,
+            sessions * lib.SOCK_SLOTS_PER_SESSION * _SLOT_BYTES,
+        )
+        self._words = ffi.from_buffer("struct sock_slot[]", self._slots, require_writable=True)
+        self._free = deque(range(sessions))
+        self._used = 0
+        self._sessions = sessions
+        self.follows = False
+        """Whether the sockops program follows the sockets given to `follow`."""
+        self.cgroup_error: DatapathError | None = None
+        """Why it does not, when it was asked to."""
+        rings = bpf_object.map("spill_rings")
+        self._rings: list[libbpf.Ring] = []
+        for worker in range(workers):
+            ring = libbpf.Ring(
+                sessions * lib.SOCK_SLOTS_PER_SESSION * _SPILLS_PER_SLOT * _SPILL_RECORD_BYTES
+            )
+            self._rings.append(ring)
+            rings.put(struct.pack("=I", worker), struct.pack("=I", ring.fd))
+
+    @classmethod
+    def load(cls, *, sessions: int, workers: int, cgroup: Path | None) -> Datapath:
+        """Load the object, with room for `sessions`, and attach its programs.
+
+        Without a `cgroup` (a cgroup v2 directory) the sockops program is left
+        out, and connections have no statistics. If only its attachment fails,
+        `cgroup_error` says so and the datapath works all the same.
+
+        Raises `VerifierError` or `DatapathError`, and leaves nothing behind.
+        """
+        with as_file(files("sockgw._bpf").joinpath("sockmap.bpf.o")) as path:
+            bpf_object = libbpf.Object(path)
+        try:
+            slots = sessions * lib.SOCK_SLOTS_PER_SESSION
+            for name in ("sock_pair_map", "sock_map", "sock_slots"):
+                bpf_object.resize(name, slots)
+            if cgroup is None:
+                bpf_object.skip("sock_follow")
+            bpf_object.load()
+            bpf_object.attach_verdict("sock_stream_verdict", bpf_object.map("sock_map"))
+            datapath = cls(bpf_object, sessions=sessions, workers=workers)
+        except BaseException:
+            bpf_object.close()
+            raise
+        if cgroup is not None:
+            try:
+                bpf_object.attach_cgroup("sock_follow", cgroup)
+                datapath.follows = True
+            except (DatapathError, OSError) as error:
+                datapath.cgroup_error = (
+                    error
+                    if isinstance(error, DatapathError)
+                    else DatapathError(error.errno or 0, "open", str(cgroup))
+                )
+        return datapath
+
+    def pair(
+        self,
+        client: socket.socket,
+        backend: socket.socket,
+        worker: int,
+        *,
+        between: Callable[[str], None] | None = None,
+    ) -> Pair:
+        """Hand both sockets to the kernel: it redirects from here on.
+
+        Both must be ESTABLISHED, and nothing may have been received from
+        either since the last time that it had nothing to give. `between`,
+        for tests, is called before each step with the step's name.
+
+        Raises `DatapathError` when the session has to stay on the relay, with
+        the kernel's errno: EOPNOTSUPP (not ESTABLISHED any more), EBUSY (in a
+        sockmap already), EINVAL (kTLS), ENOSPC or E2BIG (no room). Nothing
+        is in the map then. `Pair.refused` is the exception to that rule.
+        """
+        index = self._take_slots()
+        first = index * lib.SOCK_SLOTS_PER_SESSION
+        to_backend = Slot(self._words + first + lib.SOCK_SLOT_TO_BACKEND)
+        to_client = Slot(self._words + first + lib.SOCK_SLOT_TO_CLIENT)
+        request = ffi.new(
+            "struct sgw_pair *",
+            {
+                "pair_map": self._pair_map.fd,
+                "sock_map": self._sock_map.fd,
+                "client": client.fileno(),
+                "backend": backend.fileno(),
+                "slot": first,
+                "worker": worker,
+            },
+        )
+        pair = Pair(request, index, to_backend, to_client)
+        step, number = self._run_steps(request, between)
+        if step == lib.SGW_STEPS:
+            return pair
+        error = DatapathError(number, *_STEP_OBJECTS[step])
+        if step <= lib.SGW_STEP_SOCK_BACKEND:
+            self.unpair(pair)
+            raise error
+        # The backend is in the map, and out of it only by its close: a
+        # deletion would lose what it passed. It stays there, always passing.
+        to_backend.hold()
+        to_client.hold()
+        lib.sgw_pair_step(request, lib.SGW_STEP_KICK_BACKEND)
+        pair.to_backend = None
+        pair.refused = error
+        return pair
+
+    def unpair(self, pair: Pair) -> None:
+        """Forget a session, after both its sockets were closed.
+
+        Only close() takes a socket out of the map without losing bytes, and
+        only then no verdict can run that would write to the freed slots.
+        """
+        lib.sgw_unpair(pair._request)  # noqa: SLF001 - a record of this class
+        self._free.append(pair._index)  # noqa: SLF001
+
+    def follow(self, sock: socket.socket) -> None:
+        """Let the sockops program follow `sock`; a listener's children inherit it.
+
+        To be called before connect() or listen().
+        """
+        self._stats.put(struct.pack("=i", sock.fileno()), bytes(_STATS.size))
+
+    def connection(self, sock: socket.socket) -> Connection | None:
+        """Return what was seen of `sock`; None when it is not followed."""
+        value = self._stats.get(struct.pack("=i", sock.fileno()))
+        if value is None:
+            return None
+        established_ns, _, rtt_us, retransmits = _STATS.unpack(value)
+        return Connection(rtt_us, retransmits) if established_ns else None
+
+    def spill_fd(self, worker: int) -> int:
+        """Return what `worker` polls for EPOLLIN to hear of spills."""
+        return self._rings[worker].fd
+
+    def spills(self, worker: int) -> list[tuple[int, bool]]:
+        """Take the spills announced to `worker`: (session key, is to_backend)."""
+        return [
+            (slot // lib.SOCK_SLOTS_PER_SESSION, slot % 2 == lib.SOCK_SLOT_TO_BACKEND)
+            for slot in self._rings[worker].drain()
+        ]
+
+    def key(self, pair: Pair) -> int:
+        """Return the number by which `spills` names this pair's session."""
+        return pair._index  # noqa: SLF001
+
+    def counters(self) -> Totals:
+        """Sum the verdict's counters over every session since the load."""
+        totals = ffi.new("struct sgw_totals *")
+        lib.sgw_totals(self._words, self._used * lib.SOCK_SLOTS_PER_SESSION, totals)
+        return Totals(
+            to_backend_bytes=totals.redirected[lib.SOCK_SLOT_TO_BACKEND],
+            to_client_bytes=totals.redirected[lib.SOCK_SLOT_TO_CLIENT],
+            redirected_segments=totals.redirected_segments,
+            passed_segments=totals.passed_segments,
+        )
+
+    @property
+    def active_pairs(self) -> int:
+        """Sessions that are paired now."""
+        return self._sessions - len(self._free)
+
+    def close(self) -> None:
+        """Detach and free everything; every pair must be unpaired."""
+        for ring in self._rings:
+            ring.close()
+        ffi.release(self._words)
+        self._slots.close()
+        self._object.close()
+
+    def _take_slots(self) -> int:
+        # First in, first out: a slot rests as long as it can before its reuse.
+        try:
+            index = self._free.popleft()
+        except IndexError:
+            raise DatapathError(errno.ENOSPC, "pair a session in", "sock_slots") from None
+        self._used = max(self._used, index + 1)
+        return index
+
+    @staticmethod
+    def _run_steps(request: Any, between: Callable[[str], None] | None) -> tuple[int, int]:  # noqa: ANN401
+        if between is None:
+            error = ffi.new("int *")
+            step: int = lib.sgw_pair_all(request, error)
+            return step, -error[0]
+        for step in range(lib.SGW_STEPS):
+            between(ffi.string(ffi.cast("enum sgw_step", step)))
+            error_number = -lib.sgw_pair_step(request, step)
+            if error_number:
+                return step, error_number
+        return lib.SGW_STEPS, 0
+
+
+def tcp_counts(sock: socket.socket, *, dialled: bool) -> tuple[int, int]:
+    """Return what `sock`'s TCP has received and taken, in bytes, ever.
+
+    Received: in order, up to its receive queue; the peer's FIN counts as one.
+    Taken: put into its write queue by send() or by the kernel's redirect,
+    acknowledged or not; if it is too small, an acknowledgement came meanwhile.
+    `dialled`: our own SYN counts as one acknowledged byte (6.18: on the side
+    that connects only). Source: tcp_get_info(), which takes the socket's
+    lock: a segment that is being received counts whole or not at all.
+    """
+    counts = ffi.new("struct sgw_tcp *")
+    number = -lib.sgw_tcp(sock.fileno(), counts)
+    if number:
+        raise DatapathError(number, "read", "TCP_INFO")
+    return counts.received, counts.taken - dialled

@@ -1,0 +1,268 @@
+# SPDX-License-Identifier: Apache-2.0
+"""One direction of a session: `sockgw.session`'s machine on real sockets.
+
+Owns the order in which the relay and splice act on a source and a target;
+decides nothing that is not in the table. The session around it owns the
+sockets, the worker the clock and epoll.
+"""
+
+from __future__ import annotations
+
+import time
+from typing import TYPE_CHECKING, Final, Protocol
+
+from sockgw.session import TABLE, Action, Event, State, Way
+from sockgw.splice import LINGER_S
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from sockgw.metrics import Tally
+    from sockgw.relay import Relay
+    from sockgw.splice import Splice
+
+_STEPS: Final = 8
+"""Buffers copied before the other sessions of the worker have their turn."""
+_SPINS: Final = 4
+"""Looks at a flush without a pause: a kworker needs some 20 us for a segment."""
+_RETRY_S: Final = 0.001
+_KICK_AFTER: Final = 20
+"""Looks after which the verdict is run again on what the source has queued."""
+
+
+class Host(Protocol):
+    """What a direction asks of its session."""
+
+    tally: Tally
+
+    def later(self, delay_s: float, callback: Callable[[], None]) -> None:
+        """Call back in `delay_s`, unless the session has ended."""
+
+    def lost(self, way: Way, error: OSError) -> None:
+        """Take note that a socket failed; `way` is the direction it sources."""
+
+    def shut(self, way: Way) -> None:
+        """Pass the FIN on: `way` has ended."""
+
+
+class Direction:
+    """A direction from accept to its end."""
+
+    __slots__ = (
+        "_copied_at_s",
+        "_flush_began_s",
+        "_has_seen_fin",
+        "_host",
+        "_is_looking",
+        "_is_looking_back",
+        "_looks",
+        "relay",
+        "spills",
+        "splice",
+        "state",
+        "way",
+    )
+
+    def __init__(self, way: Way, relay: Relay, host: Host) -> None:
+        """Wait for the backend; `relay` has the two sockets."""
+        self.way = way
+        self.relay = relay
+        self.splice: Splice | None = None
+        self.state = State.WAITING
+        self.spills = 0
+        self._host = host
+        self._has_seen_fin = False
+        self._is_looking = False
+        self._is_looking_back = False
+        self._looks = 0
+        self._flush_began_s = 0.0
+        self._copied_at_s = 0.0
+
+    @property
+    def is_ended(self) -> bool:
+        """Whether the FIN has been passed on."""
+        return self.state is State.ENDED
+
+    @property
+    def wants_read(self) -> bool:
+        """Whether to watch the source for bytes."""
+        return self.state is State.COPYING and not self.relay.is_holding
+
+    @property
+    def wants_write(self) -> bool:
+        """Whether to watch the target for room."""
+        return self.state is State.COPYING and self.relay.is_holding
+
+    @property
+    def progress(self) -> int:
+        """A number that grows with every byte that moves, on any path."""
+        moved = self.relay.taken + self.relay.written
+        if self.splice is not None:
+            moved += self.splice.slot.redirected + self.splice.slot.passed
+        return moved
+
+    def connected(self) -> None:
+        """Begin on the relay."""
+        self._feed(Event.CONNECTED)
+
+    def paired(self, splice: Splice) -> None:
+        """Begin on splice."""
+        self.splice = splice
+        self._feed(Event.PAIRED)
+        if self._has_seen_fin:
+            self._feed(Event.FIN)
+
+    def saw_fin(self) -> None:
+        """Take note that the source's peer has sent its FIN."""
+        if not self._has_seen_fin:
+            self._has_seen_fin = True
+            if self.state is not State.COPYING:  # the copy comes to it by itself
+                self._feed(Event.FIN)
+
+    def saw_spill(self) -> None:
+        """Take note of an announced spill, which may be long over."""
+        if self.splice is not None and self.splice.slot.is_passing:
+            self._feed(Event.SPILLED)
+
+    def saw_room(self) -> None:
+        """Go on copying: the source has bytes, or the target has room."""
+        if self.state is State.COPYING:
+            self._copy()
+
+    def look(self) -> None:
+        """Go on with whatever this direction is waiting for."""
+        if self.state in (State.SPILLING, State.ENDING):
+            self._check_flush()
+        elif self.state is State.COPYING:
+            self._copy()
+
+    def is_delivered(self) -> bool:
+        """Tell whether the target's TCP has all that the source gave us."""
+        if self.relay.is_holding:
+            return False
+        if self.splice is None:
+            return True
+        return self.splice.unread <= 0 and self.splice.is_flushed()
+
+    def _feed(self, event: Event) -> None:
+        self.state, action = TABLE[self.state, event]
+        if action is Action.COPY:
+            self._copied_at_s = time.monotonic()
+            self._copy()
+        elif action is Action.FLUSH:
+            self._begin_flush(event)
+        elif action is Action.SHUT:
+            self._host.shut(self.way)
+
+    def _begin_flush(self, event: Event) -> None:
+        now_s = time.monotonic()
+        self._looks = 0
+        self._flush_began_s = now_s
+        if self.state is State.SPILLING and self.splice is not None:
+            self.splice.spilled(now_s)
+            if event is Event.SPILLED:
+                self.spills += 1
+                self._host.tally.spills[self.way.value] += 1
+        self._check_flush()
+
+    def _check_flush(self) -> None:
+        """Feed what the gate of SPILLING or ENDING says, or look again later."""
+        splice = self.splice
+        if splice is not None:
+            self._looks += 1
+            if self.state is State.ENDING:
+                if not splice.has_seen_all():
+                    if self._looks > _KICK_AFTER:
+                        splice.kick()
+                    self._look_again()
+                    return
+                if splice.unread > 0:
+                    self._feed(Event.LEFTOVER)
+                    return
+            if not splice.is_flushed():
+                self._look_again()
+                return
+            self._host.tally.flushed(time.monotonic() - self._flush_began_s)
+        self._feed(Event.FLUSHED)
+
+    def _look_again(self) -> None:
+        if not self._is_looking:
+            self._is_looking = True
+            self._host.later(0.0 if self._looks < _SPINS else _RETRY_S, self._looked)
+
+    def _looked(self) -> None:
+        self._is_looking = False
+        self.look()
+
+    def _look_back(self) -> None:
+        if not self._is_looking_back:
+            self._is_looking_back = True
+            self._host.later(LINGER_S, self._looked_back)
+
+    def _looked_back(self) -> None:
+        self._is_looking_back = False
+        if self.wants_read:
+            self._copy()
+
+    def _copy(self) -> None:
+        """Read and write until one would block, the stream ends, or enough."""
+        relay, splice = self.relay, self.splice
+        for _ in range(_STEPS):
+            if relay.is_holding and not self._send():
+                return
+            try:
+                count = relay.receive()
+            except OSError as error:
+                self._host.lost(self.way, error)
+                return
+            if count is None:
+                self._found_nothing()
+                return
+            if count == 0:
+                self._found_end()
+                return
+            if splice is not None:
+                self._copied_at_s = time.monotonic()
+                # The verdict redirected between release() and this: what is
+                # held now comes behind it.
+                if splice.is_overtaken:
+                    self._feed(Event.OVERTAKEN)
+                    return
+        self._looks = 0
+        self._look_again()
+
+    def _send(self) -> bool:
+        """Send what is held; False when some is left, or the target failed."""
+        try:
+            count = self.relay.send()
+        except OSError as error:
+            other = Way.TO_CLIENT if self.way is Way.TO_BACKEND else Way.TO_BACKEND
+            self._host.lost(other, error)
+            return False
+        if count:
+            self._host.tally.bytes[self.way.value, "relay"] += count
+            if self.splice is not None:
+                self.splice.slot.forward(count)
+        return not self.relay.is_holding
+
+    def _found_nothing(self) -> None:
+        """Consider the way back: all that could be read is forwarded."""
+        splice = self.splice
+        if splice is None or not splice.can_return:
+            return
+        now_s = time.monotonic()
+        if splice.wants_return(now_s - self._copied_at_s) and splice.returned(now_s):
+            self._feed(Event.RETURNED)
+            if self._has_seen_fin:
+                self._feed(Event.FIN)
+        else:
+            self._look_back()
+
+    def _found_end(self) -> None:
+        """Believe recv()'s 0 only if it agrees with what TCP has received."""
+        splice = self.splice
+        if splice is not None and (splice.unread > 0 or not splice.has_seen_all()):
+            self._looks += 1
+            self._look_again()
+            return
+        self._feed(Event.FIN)

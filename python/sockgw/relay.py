@@ -1,0 +1,113 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The relay: userspace copies one direction's bytes, and holds them meanwhile.
+
+Owns the bytes between recv() and send(), and the buffers they lie in; knows
+nothing of epoll, of the map or of the session around it.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Final
+
+if TYPE_CHECKING:
+    import socket
+
+BUFFER_BYTES: Final = 512 * 1024
+
+
+class Buffers:
+    """A worker's copy buffers; for its own thread only.
+
+    A copy borrows one for the time of a step. Only a direction whose target
+    is full keeps it, with the bytes in it, until the target takes them.
+    """
+
+    _KEEP = 4
+
+    def __init__(self) -> None:
+        """Start empty: a worker whose sessions are all spliced needs none."""
+        self._free: list[memoryview] = []
+
+    def borrow(self) -> memoryview:
+        """Return a buffer of `BUFFER_BYTES`."""
+        return self._free.pop() if self._free else memoryview(bytearray(BUFFER_BYTES))
+
+    def give_back(self, buffer: memoryview) -> None:
+        """Take a buffer back; more than a few are freed."""
+        if len(self._free) < self._KEEP:
+            self._free.append(buffer)
+
+
+class Relay:
+    """The copy of one direction, from `source` to `target`.
+
+    `taken` counts the bytes received from the source and `written` those that
+    the target's TCP has accepted, both since the session began; what lies
+    between is held here.
+    """
+
+    __slots__ = ("_buffer", "_buffers", "_pending", "source", "taken", "target", "written")
+
+    def __init__(self, source: socket.socket, target: socket.socket, buffers: Buffers) -> None:
+        """Copy from `source` to `target`, both non-blocking."""
+        self.source = source
+        self.target = target
+        self.taken = 0
+        self.written = 0
+        self._buffers = buffers
+        self._buffer: memoryview | None = None
+        self._pending: memoryview | None = None
+
+    @property
+    def is_holding(self) -> bool:
+        """Whether bytes were received and not yet sent."""
+        return self._pending is not None
+
+    def receive(self) -> int | None:
+        """Receive once; nothing may be held.
+
+        Returns the number of bytes, 0 at the end of the stream, None when
+        there is nothing now. Raises OSError when the connection was reset.
+        """
+        buffer = self._buffers.borrow()
+        try:
+            count = self.source.recv_into(buffer)
+        except BlockingIOError:
+            self._buffers.give_back(buffer)
+            return None
+        except OSError:
+            self._buffers.give_back(buffer)
+            raise
+        if not count:
+            self._buffers.give_back(buffer)
+            return 0
+        self.taken += count
+        self._buffer = buffer
+        self._pending = buffer[:count]
+        return count
+
+    def send(self) -> int:
+        """Send what is held, as far as the target takes it, and count it.
+
+        Raises OSError when the connection was reset.
+        """
+        pending = self._pending
+        if pending is None:
+            return 0
+        try:
+            count = self.target.send(pending)
+        except BlockingIOError:
+            return 0
+        self.written += count
+        if count == len(pending):
+            self.drop()
+        else:
+            self._pending = pending[count:]
+        return count
+
+    def drop(self) -> None:
+        """Forget what is held and give its buffer back."""
+        self._pending = None
+        if self._buffer is not None:
+            self._buffers.give_back(self._buffer)
+            self._buffer = None
