@@ -1,0 +1,475 @@
+# SPDX-License-Identifier: Apache-2.0
+"""`sockgw demo`: real traffic through a real gateway, and what it took.
+
+Owns a backend of its own and one `sockgw run` for each path that this host
+has, all of it on loopback, on ports that the kernel chooses. Every byte is
+checked by SHA-256 where it arrives, and hashed while no clock runs. The
+gateway is known here as a user knows it: by its command line, its log, its
+metrics and /proc.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import hashlib
+import multiprocessing
+import os
+import re
+import signal
+import socket
+import socketserver
+import statistics
+import subprocess
+import sys
+import threading
+import time
+import urllib.request
+from collections import Counter, deque
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, ClassVar, Final
+
+import click
+from prometheus_client.parser import text_string_to_metric_families
+
+from sockgw._bpf import features
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterable, Iterator
+    from types import FrameType
+
+_KIB: Final = 1 << 10
+_MIB: Final = 1 << 20
+_GIB: Final = 1 << 30
+
+_SESSIONS: Final = 50
+_EXCHANGES: Final = 20_000
+_BULK_BYTES: Final = _GIB
+_ROUND_BYTES: Final = 64 * _MIB  # of a bulk transfer, from one hash to the next
+_HALF_CLOSES: Final = 20
+_STEP_S: Final = 2.5  # a slow host moves less in a step, it does not take longer
+_DEADLINE_S: Final = 15
+
+_ACCEL: Final = {"splice": "splice", "relay": "off"}
+_SWITCHES: Final = re.compile(r"^voluntary_ctxt_switches:\s+(\d+)$", re.MULTILINE)
+_READY: Final = re.compile(r"listening on ([\d.]+):(\d+), .*metrics (http\S+)$")
+
+
+def main() -> int:
+    """Show each path that works here; return 0 when every digest is equal.
+
+    Raises OSError, naming the step, when one fails or takes too long. Leaves
+    no process behind, whatever ends it.
+    """
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # the same way out as Ctrl-C
+    probed = features.all()
+    obstacle = str(features.first_obstacle("splice", probed) or "")
+    payload = os.urandom(_ROUND_BYTES)
+    rows: list[_Row] = []
+    with _backend(payload) as backend:
+        for path in ("relay",) if obstacle else ("splice", "relay"):
+            try:
+                rows += _drive(path, backend, memoryview(payload))
+            except ChildProcessError as error:
+                if path == "relay":
+                    raise
+                obstacle = str(error.strerror)  # no probe sees a seccomp filter, or a lockdown
+    click.echo()
+    for line in _table(rows):
+        click.echo(line)
+    click.echo()
+    is_equal = all(row.moved.is_equal for row in rows)
+    click.echo("Every digest is equal." if is_equal else "SOME DIGESTS DIFFER: that is a bug.")
+    if obstacle:
+        click.echo(f"Not shown, splice, on which the kernel moves the bytes: {obstacle}")
+    click.echo(_next_steps(probed))
+    return 0 if is_equal else 1
+
+
+@dataclass(frozen=True, slots=True)
+class _Moved:
+    """What a step moved, and what that took."""
+
+    bytes: int
+    speed: str
+    p50_us: float | None
+    wakeups: int
+    is_equal: bool
+
+
+@dataclass(frozen=True, slots=True)
+class _Row:
+    """A line of the table: a step, and the share of its bytes that the kernel moved."""
+
+    path: str
+    step: str
+    moved: _Moved
+    in_kernel: float
+
+
+def _drive(path: str, backend: str, payload: memoryview) -> Iterator[_Row]:
+    """Take one path through every step."""
+    with _deadline(f"{path}, start"):
+        gateway = _Gateway(backend, _ACCEL[path])
+    with contextlib.closing(gateway):
+        for name, step in _STEPS.items():
+            click.echo(f"{path}: {name}")
+            with _deadline(f"{path}, {name}"):
+                before = gateway.bytes_by_path()
+                moved = step(gateway, payload)
+                by_path = gateway.bytes_by_path() - before
+            yield _Row(path, name, moved, by_path["splice"] / (by_path.total() or 1))
+
+
+@contextlib.contextmanager
+def _deadline(what: str) -> Iterator[None]:
+    """Name the step in any OSError of the body, and raise one if it takes too long."""
+
+    def expire(_number: int, _frame: FrameType | None) -> None:
+        raise TimeoutError(errno.ETIMEDOUT, f"not done within {_DEADLINE_S} s")
+
+    signal.signal(signal.SIGALRM, expire)
+    signal.alarm(_DEADLINE_S)
+    try:
+        yield
+    except OSError as error:
+        raise type(error)(error.errno, f"{what}: {error.strerror or error}") from error
+    finally:
+        signal.alarm(0)
+
+
+# --- the gateway, from outside
+
+
+class _Gateway:
+    """A `sockgw run`, its log read and its ports known."""
+
+    def __init__(self, backend: str, accel: str) -> None:
+        """Start one and wait until it listens.
+
+        Raises ChildProcessError with its last line when it ends instead.
+        """
+        options = {
+            "--listen": "127.0.0.1:0",
+            "--backend": backend,
+            "--metrics": "127.0.0.1:0",
+            "--accel": accel,
+        }
+        words = (word for option in options.items() for word in option)
+        self._process = subprocess.Popen(
+            [sys.executable, "-m", "sockgw", "run", *words],
+            stderr=subprocess.PIPE,
+            text=True,
+            env={name: value for name, value in os.environ.items() if name[:7] != "SOCKGW_"},
+        )
+        try:
+            self._address, self._metrics = self._await_ready()
+        except BaseException:
+            self.close()
+            raise
+
+    def _await_ready(self) -> tuple[tuple[str, int], str]:
+        log = self._process.stderr
+        assert log  # noqa: S101 -- it is a pipe
+        line = ""
+        for line in log:
+            if match := _READY.search(line.rstrip()):
+                # Somebody has to go on reading, or one day the gateway waits for us.
+                threading.Thread(target=deque, args=(log, 0), name="demo-log", daemon=True).start()
+                return (match[1], int(match[2])), match[3]
+        said = line.strip().removeprefix("sockgw: ")
+        raise ChildProcessError(errno.ECHILD, said or "the gateway ended without a word")
+
+    def connect(self, service: bytes) -> socket.socket:
+        """Open a session and tell the backend what it is for."""
+        sock = socket.create_connection(self._address)
+        sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        sock.sendall(service)
+        return sock
+
+    def wakeups(self) -> int:
+        """Return how often its threads have gone to sleep, and so were woken."""
+        switches = 0
+        for status in Path(f"/proc/{self._process.pid}/task").glob("*/status"):
+            with contextlib.suppress(FileNotFoundError, ProcessLookupError):  # it has just ended
+                switches += int(_SWITCHES.findall(status.read_text())[0])
+        return switches
+
+    def bytes_by_path(self) -> Counter[str]:
+        """Return what it says to have moved so far."""
+        with urllib.request.urlopen(self._metrics) as reply:  # noqa: S310 -- from its log
+            families = text_string_to_metric_families(reply.read().decode())
+        moved = Counter[str]()
+        for sample in (sample for family in families for sample in family.samples):
+            if sample.name == "gateway_bytes_total":
+                moved[sample.labels["path"]] += int(sample.value)
+        return moved
+
+    def close(self) -> None:
+        """End it, kindly at first."""
+        self._process.terminate()
+        try:
+            self._process.wait(timeout=3)
+        except subprocess.TimeoutExpired:
+            self._process.kill()
+            self._process.wait()
+
+
+# --- the backend
+
+
+class _Service(socketserver.BaseRequestHandler):
+    """A connection to the backend: its first byte says what for."""
+
+    request: socket.socket
+    payload: ClassVar[memoryview]
+
+    def handle(self) -> None:
+        """Serve the connection to its end."""
+        self.request.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        serve = {b"E": self.echo, b"T": self.take, b"G": self.give, b"A": self.answer}
+        with contextlib.suppress(ConnectionError, KeyError):  # the client is gone
+            serve[self.request.recv(1)]()
+
+    def echo(self) -> None:
+        """Send back each message."""
+        message = memoryview(bytearray(_KIB))
+        while _receive(self.request, message):
+            self.request.sendall(message)
+
+    def take(self) -> None:
+        """Receive rounds, with a dot when one is in, and when ready for one."""
+        digest, buffer = hashlib.sha256(), memoryview(bytearray(_ROUND_BYTES))
+        self.request.sendall(b".")
+        while count := _receive(self.request, buffer):
+            self.request.sendall(b".")
+            digest.update(buffer[:count])
+            self.request.sendall(b".")
+        self.request.sendall(digest.digest())
+
+    def give(self) -> None:
+        """Send rounds, each when asked for, with a dot when ready for that."""
+        digest, number = hashlib.sha256(), 0
+        self.request.sendall(b".")
+        while self.request.recv(1):
+            _send_round(self.request, self.payload, number)
+            _hash_round(digest, self.payload, number)
+            number += 1
+            self.request.sendall(b".")
+        self.request.sendall(digest.digest())
+
+    def answer(self) -> None:
+        """Send everything back, but only after the client's half-close."""
+        buffer = memoryview(bytearray(2 * _MIB))
+        self.request.sendall(buffer[: _receive(self.request, buffer)])
+
+
+class _Server(socketserver.ThreadingTCPServer):
+    daemon_threads = True
+    request_queue_size = _SESSIONS
+
+    def run(self) -> None:
+        """Serve, in a process of its own, until that is killed."""
+        signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent's to act on
+        self.serve_forever()
+
+
+@contextlib.contextmanager
+def _backend(payload: bytes) -> Iterator[str]:
+    """Serve from a process of its own: a shared GIL would be measured too."""
+    _Service.payload = memoryview(payload)
+    with _Server(("127.0.0.1", 0), _Service) as server:
+        process = multiprocessing.get_context("fork").Process(target=server.run, daemon=True)
+        process.start()
+    host, port = server.server_address[:2]
+    try:
+        yield f"{host!s}:{port}"
+    finally:
+        process.kill()
+        process.join()
+
+
+# --- the steps: what a client does
+
+
+def _exchange(gateway: _Gateway, payload: memoryview) -> _Moved:
+    """Send the payload in small requests, one at a time, over all sessions in turn."""
+    received = memoryview(bytearray(_EXCHANGES * _KIB))
+    took_s = list[float]()
+    with contextlib.ExitStack() as stack:
+        sessions = [stack.enter_context(gateway.connect(b"E")) for _ in range(_SESSIONS)]
+        for session in sessions:  # the first exchange is part of opening one
+            session.sendall(payload[:_KIB])
+            _receive(session, received[:_KIB])
+        wakeups = gateway.wakeups()
+        end = time.monotonic() + _STEP_S
+        for number in range(_EXCHANGES):
+            session = sessions[number % _SESSIONS]
+            message = slice(number * _KIB, (number + 1) * _KIB)
+            start = time.perf_counter()
+            session.sendall(payload[message])
+            _receive(session, received[message])
+            took_s.append(time.perf_counter() - start)
+            if start > end:
+                break
+        wakeups = gateway.wakeups() - wakeups
+    size = len(took_s) * _KIB
+    return _Moved(
+        bytes=2 * size,
+        speed=f"{len(took_s) / sum(took_s):,.0f}/s",
+        p50_us=statistics.median(took_s) * 1e6,
+        wakeups=wakeups,
+        is_equal=_sha256(payload[:size]) == _sha256(received[:size]),
+    )
+
+
+def _upload(gateway: _Gateway, payload: memoryview) -> _Moved:
+    """Send rounds over one session; the digest comes after the half-close."""
+    digest, number, took_s = hashlib.sha256(), 0, 0.0
+    wakeups = gateway.wakeups()
+    end = time.monotonic() + _STEP_S
+    with gateway.connect(b"T") as session:
+        _expect_dot(session)
+        while number * _ROUND_BYTES < _BULK_BYTES and time.monotonic() < end:
+            start = time.perf_counter()
+            _send_round(session, payload, number)
+            _expect_dot(session)
+            took_s += time.perf_counter() - start
+            _hash_round(digest, payload, number)  # as the backend does meanwhile
+            _expect_dot(session)
+            number += 1
+        session.shutdown(socket.SHUT_WR)
+        theirs = session.recv(digest.digest_size, socket.MSG_WAITALL)
+    return _bulk(number, took_s, gateway.wakeups() - wakeups, theirs == digest.digest())
+
+
+def _download(gateway: _Gateway, _payload: memoryview) -> _Moved:
+    """Ask for rounds over one session; the digest comes after the half-close."""
+    digest, number, took_s = hashlib.sha256(), 0, 0.0
+    buffer = memoryview(bytearray(_ROUND_BYTES))
+    wakeups = gateway.wakeups()
+    end = time.monotonic() + _STEP_S
+    with gateway.connect(b"G") as session:
+        while number * _ROUND_BYTES < _BULK_BYTES and time.monotonic() < end:
+            _expect_dot(session)
+            start = time.perf_counter()
+            session.sendall(b".")
+            count = _receive(session, buffer)
+            took_s += time.perf_counter() - start
+            digest.update(buffer[:count])  # as the backend does meanwhile
+            number += 1
+        _expect_dot(session)
+        session.shutdown(socket.SHUT_WR)
+        theirs = session.recv(digest.digest_size, socket.MSG_WAITALL)
+    return _bulk(number, took_s, gateway.wakeups() - wakeups, theirs == digest.digest())
+
+
+def _half_close(gateway: _Gateway, payload: memoryview) -> _Moved:
+    """Send and half-close at once, in session after session; the reply comes after."""
+    sent, replied = hashlib.sha256(), hashlib.sha256()
+    moved, took_s = 0, list[float]()
+    wakeups = gateway.wakeups()
+    for number in range(_HALF_CLOSES):
+        request = payload[number * _MIB : (number + 1) * _MIB + number]
+        reply = memoryview(bytearray(2 * _MIB))
+        start = time.perf_counter()
+        with gateway.connect(b"A") as session:
+            session.sendall(request)
+            session.shutdown(socket.SHUT_WR)
+            count = _receive(session, reply)
+        took_s.append(time.perf_counter() - start)
+        moved += len(request) + count
+        sent.update(request)
+        replied.update(reply[:count])
+    return _Moved(
+        bytes=moved,
+        speed=f"{_HALF_CLOSES / sum(took_s):,.0f}/s",
+        p50_us=statistics.median(took_s) * 1e6,
+        wakeups=gateway.wakeups() - wakeups,
+        is_equal=sent.digest() == replied.digest(),
+    )
+
+
+_STEPS: Final[dict[str, Callable[[_Gateway, memoryview], _Moved]]] = {
+    f"exchanges of 1 KiB over {_SESSIONS} sessions": _exchange,
+    "bulk to the backend": _upload,
+    "bulk to the client": _download,
+    "half-close of 1 MiB, then the reply": _half_close,
+}
+
+
+def _bulk(rounds: int, took_s: float, wakeups: int, is_equal: bool) -> _Moved:  # noqa: FBT001
+    moved = rounds * _ROUND_BYTES
+    return _Moved(moved, f"{moved * 8 / took_s / 1e9:.1f} Gbit/s", None, wakeups, is_equal)
+
+
+def _send_round(sock: socket.socket, payload: memoryview, number: int) -> None:
+    """Send the payload, rotated so that no round is like another."""
+    for part in _rotate(payload, number):
+        sock.sendall(part)
+
+
+def _hash_round(digest: hashlib._Hash, payload: memoryview, number: int) -> None:
+    for part in _rotate(payload, number):
+        digest.update(part)
+
+
+def _rotate(payload: memoryview, number: int) -> tuple[memoryview, memoryview]:
+    cut = number * _MIB
+    return payload[cut:], payload[:cut]
+
+
+def _receive(sock: socket.socket, buffer: memoryview) -> int:
+    """Fill the buffer; return less than its length only at the end of the stream."""
+    filled = 0
+    while count := sock.recv_into(buffer[filled:], 0, socket.MSG_WAITALL):
+        filled += count
+        if filled == len(buffer):
+            break
+    return filled
+
+
+def _expect_dot(sock: socket.socket) -> None:
+    if sock.recv(1) != b".":
+        raise ConnectionAbortedError(errno.ECONNABORTED, "the stream ended early")
+
+
+def _sha256(data: memoryview) -> bytes:
+    return hashlib.sha256(data).digest()
+
+
+# --- what is said of it
+
+
+def _table(rows: Iterable[_Row]) -> Iterator[str]:
+    """Yield the table's lines."""
+    line = "{:7} {:36} {:>9} {:>12} {:>9} {:>8} {:>9}  {}".format
+    yield line("path", "what", "moved", "speed", "p50", "wakeups", "in kernel", "SHA-256")
+    for row in rows:
+        moved = row.moved
+        yield line(
+            row.path,
+            row.step,
+            f"{moved.bytes / _MIB:,.0f} MiB",
+            moved.speed,
+            f"{moved.p50_us:,.0f} us" if moved.p50_us else "",
+            f"{moved.wakeups:,}",
+            f"{row.in_kernel:.1%}",
+            "equal" if moved.is_equal else "DIFFERENT",
+        )
+
+
+def _next_steps(probed: Iterable[features.Feature]) -> str:
+    cgroup = next(
+        (f.detail for f in probed if f.name == "cgroup2" and not f.remedy), "/sys/fs/cgroup"
+    )
+    return f"""
+What to try next:
+  sockgw check
+  sockgw run --listen 127.0.0.1:8080 --backend 127.0.0.1:9000
+and, while that runs, as root:
+  bpftool prog list | grep sock
+  bpftool map dump name sock_pair_map
+  bpftool cgroup list {cgroup}
+  curl -s http://127.0.0.1:9090/metrics | grep ^gateway_"""

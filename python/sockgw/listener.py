@@ -1,0 +1,172 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The listener: a bound socket, shared by the workers, and when not to accept.
+
+Owns the number of open sessions, because that is what decides whether to
+accept. All workers watch the one socket (EPOLLEXCLUSIVE: a connection wakes
+one of them). While there is no room it is watched by nobody: connections wait
+in the kernel's backlog, and nothing spins on a listener that stays readable.
+"""
+
+from __future__ import annotations
+
+import errno
+import logging
+import select
+import socket
+import threading
+import time
+from typing import TYPE_CHECKING, Any, Final
+
+from sockgw.config import format_sockaddr
+
+if TYPE_CHECKING:
+    from sockgw.config import Address
+
+_log = logging.getLogger("sockgw")
+
+RETRY_S: Final = 0.1
+"""How long to leave the listener alone when there was no fd or memory."""
+_WARN_EVERY_S: Final = 10.0
+_EXHAUSTED: Final = frozenset({errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM})
+_BACKLOG: Final = 4096
+
+
+class Listener:
+    """A listening socket and the count of sessions that came from it."""
+
+    def __init__(self, address: Address, limit: int) -> None:
+        """Bind `address`, not yet listening; at most `limit` sessions at once.
+
+        Raises ConfigError when it does not resolve, and OSError, naming the
+        address and the way out, when it cannot be bound.
+        """
+        family, sockaddr = address.resolve(option="--listen")[0]
+        self.socket = socket.socket(family, socket.SOCK_STREAM)
+        try:
+            self.socket.setblocking(False)
+            self.socket.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            self.socket.bind(sockaddr)
+        except OSError as error:
+            self.socket.close()
+            raise OSError(
+                error.errno, f"listen on {address}: {error.strerror}{_way_out(error)}"
+            ) from error
+        self.address = format_sockaddr(self.socket.getsockname())
+        self._limit = limit
+        self._warned_at_s = float("-inf")
+        # Guards all below; workers take it at each accept and session's end.
+        self._lock = threading.Lock()
+        self._pollers: list[select.epoll] = []
+        self._sessions = 0
+        self._is_watched = False
+        self._is_open = True
+
+    def listen(self) -> None:
+        """Let connections come in. Raises OSError (a port taken meanwhile)."""
+        self.socket.listen(_BACKLOG)
+
+    def watch(self, poller: select.epoll) -> None:
+        """Have `poller` told of connections, for as long as it lives."""
+        with self._lock:
+            self._pollers.append(poller)
+            self._is_watched = True
+            self._register(poller)
+
+    def accept(self) -> tuple[socket.socket, Any] | None:
+        """Accept one connection and count it as a session.
+
+        Returns None when there is none, or no room for one. The socket is
+        non-blocking. Raises OSError (EMFILE and the like) after which the
+        listener is watched by nobody until `resume`, or a session's end.
+        """
+        with self._lock:
+            if not self._is_open:
+                return None
+            if self._sessions >= self._limit:
+                self._pause()
+                return None
+            self._sessions += 1
+        try:
+            accepted = self._accept()
+        except OSError as error:
+            with self._lock:
+                self._sessions -= 1
+                if error.errno in _EXHAUSTED:
+                    self._pause()
+                    self._warn(error)
+            raise
+        if accepted is None:
+            with self._lock:
+                self._sessions -= 1
+        return accepted
+
+    def leave(self) -> None:
+        """Count a session's end, and accept again if there was no room."""
+        with self._lock:
+            self._sessions -= 1
+            self._resume()
+
+    def resume(self) -> None:
+        """Accept again after an accept() that found no fd or memory."""
+        with self._lock:
+            self._resume()
+
+    def close(self) -> None:
+        """Stop listening; what waits in the backlog is reset by the kernel."""
+        with self._lock:
+            self._pause()
+            self._is_open = False
+        self.socket.close()
+
+    def _accept(self) -> tuple[socket.socket, Any] | None:
+        try:
+            sock, address = self.socket.accept()
+        except BlockingIOError:  # another worker was first
+            return None
+        except OSError as error:
+            if error.errno in _EXHAUSTED:
+                raise
+            # ECONNABORTED, EPROTO, EPERM and accept(2)'s list of network
+            # errors speak of that one connection, which is gone; EBADF of
+            # our own close().
+            return None
+        sock.setblocking(False)
+        return sock, address
+
+    def _pause(self) -> None:
+        if self._is_watched:
+            self._is_watched = False
+            for poller in self._pollers:
+                if not poller.closed:
+                    poller.unregister(self.socket)
+
+    def _resume(self) -> None:
+        if self._is_open and not self._is_watched and self._sessions < self._limit:
+            self._is_watched = True
+            for poller in self._pollers:
+                self._register(poller)
+
+    def _register(self, poller: select.epoll) -> None:
+        if not poller.closed:
+            poller.register(self.socket, select.EPOLLIN | select.EPOLLEXCLUSIVE)
+
+    def _warn(self, error: OSError) -> None:
+        now_s = time.monotonic()
+        if now_s - self._warned_at_s >= _WARN_EVERY_S:
+            self._warned_at_s = now_s
+            _log.warning(
+                "accept on %s: %s; accepting again as sessions end (raise RLIMIT_NOFILE,"
+                " or lower --max-connections)",
+                self.address,
+                error.strerror,
+            )
+
+
+def _way_out(error: OSError) -> str:
+    if error.errno == errno.EADDRINUSE:
+        return "; another process has this port: stop it, or choose another"
+    if error.errno == errno.EACCES:
+        return "; ports below net.ipv4.ip_unprivileged_port_start need CAP_NET_BIND_SERVICE"
+    if error.errno == errno.EADDRNOTAVAIL:
+        return "; no interface of this host has this address"
+    return ""
