@@ -10,7 +10,6 @@ from __future__ import annotations
 import errno
 import itertools
 import logging
-import os
 import socket
 import time
 from typing import TYPE_CHECKING, Any, Final
@@ -35,9 +34,12 @@ _REASONS: Final = {
     errno.ECONNRESET: "reset",
 }
 _WARN_EVERY_S: Final = 1.0
+_NEVER_S: Final = float("-inf")
 
 Target = tuple[socket.AddressFamily, Any]
 """A family and the sockaddr to dial in it."""
+
+_NO_TARGETS: Final[Iterator[Target]] = iter(())
 
 
 class Backends:
@@ -62,34 +64,72 @@ class Backends:
     def warn(self, error: DialError) -> None:
         """Log `error`, for one backend at most once a second."""
         now_s = time.monotonic()
-        if now_s - self._warned_at_s.get(error.backend, float("-inf")) >= _WARN_EVERY_S:
+        if now_s - self._warned_at_s.get(error.backend, _NEVER_S) >= _WARN_EVERY_S:
             self._warned_at_s[error.backend] = now_s
             _log.warning("%s", error)
 
 
-def dial(target: Target, prepare: Callable[[socket.socket], None]) -> socket.socket:
-    """Begin to connect to `target`; EPOLLOUT says that it is decided.
+class Dial:
+    """One session's way to a backend: the targets still to try, and the socket."""
 
-    `prepare` sees the socket before connect(). Raises DialError when it fails
-    at once, OSError (EMFILE, ENFILE) when there is no socket to be had.
-    """
-    family, sockaddr = target
-    sock = socket.socket(family, socket.SOCK_STREAM | socket.SOCK_NONBLOCK | socket.SOCK_CLOEXEC)
+    __slots__ = ("_sockaddr", "_targets", "socket")
+
+    def __init__(self, targets: Iterator[Target]) -> None:
+        """Try `targets` one by one, as `begin` is called."""
+        self.socket: socket.socket | None = None
+        self._targets = targets
+        self._sockaddr: Any = None
+
+    @property
+    def target(self) -> str:
+        """The address that is being dialled, or was reached."""
+        return format_sockaddr(self._sockaddr)
+
+    def begin(self, prepare: Callable[[socket.socket], None]) -> socket.socket | None:
+        """Begin to connect to the next target; None when none is left.
+
+        The socket is non-blocking; EPOLLOUT says that connect() is decided.
+        `prepare` sees it before connect(). Raises DialError when the target
+        fails at once.
+        """
+        target = next(self._targets, None)
+        if target is None:
+            return None
+        self._sockaddr = target[1]
+        try:
+            self.socket = _connect(*target, prepare)
+        except OSError as error:
+            if error.errno in (errno.EMFILE, errno.ENFILE):
+                self._targets = _NO_TARGETS  # the next target needs a socket too
+            raise self.failure(error.errno or 0) from error
+        return self.socket
+
+    def check(self, sock: socket.socket) -> None:
+        """Learn how connect() ended. Raises DialError when it failed."""
+        number = sock.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR)
+        if number:
+            raise self.failure(number)
+        self._targets = _NO_TARGETS  # a session may last; what it will not dial need not
+
+    def failure(self, number: int = errno.ETIMEDOUT) -> DialError:
+        """Give up on this target; the errno `number` says why."""
+        self.socket = None
+        return DialError(number, self.target, _REASONS.get(number, "other"))
+
+
+def _connect(
+    family: socket.AddressFamily,
+    sockaddr: Any,  # noqa: ANN401
+    prepare: Callable[[socket.socket], None],
+) -> socket.socket:
+    kind = socket.SOCK_STREAM | socket.SOCK_NONBLOCK | socket.SOCK_CLOEXEC
+    sock = socket.socket(family, kind)
     try:
         prepare(sock)
-        number = sock.connect_ex(sockaddr)
-        if number not in (0, errno.EINPROGRESS):
-            raise dial_error(number, sockaddr)
+        sock.connect(sockaddr)
+    except BlockingIOError:  # EINPROGRESS
+        return sock
     except BaseException:
         sock.close()
         raise
     return sock
-
-
-def dial_error(number: int, sockaddr: Any) -> DialError:  # noqa: ANN401
-    """Return the DialError for connect()'s errno `number`."""
-    reason = _REASONS.get(number, "other")
-    error = DialError(number, format_sockaddr(sockaddr), reason)
-    if number == errno.EADDRNOTAVAIL:
-        error.strerror = f"{os.strerror(number)}: no local port is left for this backend"
-    return error

@@ -63,8 +63,7 @@ def main(args: Sequence[str] | None = None) -> int:
             sys.stdout.flush()
     except (Exception, KeyboardInterrupt) as error:  # noqa: BLE001 - nobody else is left to tell
         code = _exit_code(error)
-        with contextlib.suppress(OSError):
-            _tell(error)
+        _tell(error)
     _forget_unwritten(sys.stdout)
     _forget_unwritten(sys.stderr)
     return code
@@ -93,7 +92,7 @@ def _tell(error: BaseException) -> None:
         case KeyboardInterrupt():
             problem = "interrupted"
         case VerifierError() if _log.isEnabledFor(logging.DEBUG):
-            click.echo(error.log, err=True)
+            _write_error(error.log)
             problem = str(error)
         case SockgwError():
             problem = str(error)
@@ -103,7 +102,14 @@ def _tell(error: BaseException) -> None:
             _log.debug("unexpected error", exc_info=error)
             kind = type(error).__name__
             problem = f"unexpected {kind}: {error} (run -v shows the traceback)"
-    click.echo(f"sockgw: {log.one_line(problem)}", err=True)
+    _write_error(f"sockgw: {log.one_line(problem)}")
+
+
+def _write_error(text: str) -> None:
+    """Write to stderr, unless it is closed or nobody reads it."""
+    with contextlib.suppress(OSError):
+        if sys.stderr:
+            click.echo(text, err=True)
 
 
 def _forget_unwritten(stream: TextIO | None) -> None:

@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import errno
 import mmap
-import os
 import struct
 from collections import deque
 from dataclasses import dataclass
@@ -123,7 +122,7 @@ class Pair:
 
 _STEP_OBJECTS = {
     lib.SGW_STEP_CHECK: ("insert into", "sock_map"),
-    lib.SGW_STEP_BUFFERS: ("set", "SO_SNDBUF"),
+    lib.SGW_STEP_BUFFERS: ("set the buffers of", "a socket"),
     lib.SGW_STEP_COOKIES: ("read", "SO_COOKIE"),
     lib.SGW_STEP_PAIR_CLIENT: ("update", "sock_pair_map"),
     lib.SGW_STEP_PAIR_BACKEND: ("update", "sock_pair_map"),
@@ -242,7 +241,8 @@ class Datapath:
         step, number = self._run_steps(request, between)
         if step == lib.SGW_STEPS:
             return pair
-        error = DatapathError(number, *_STEP_OBJECTS[step])
+        hint = "the peer has ended or reset the connection" if number == errno.EOPNOTSUPP else ""
+        error = DatapathError(number, *_STEP_OBJECTS[step], hint)
         if step <= lib.SGW_STEP_SOCK_BACKEND:
             self.unpair(pair)
             raise error

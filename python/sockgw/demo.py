@@ -6,6 +6,9 @@ has, all of it on loopback, on ports that the kernel chooses. Every byte is
 checked by SHA-256 where it arrives, and hashed while no clock runs. The
 gateway is known here as a user knows it: by its command line, its log, its
 metrics and /proc.
+
+Longer than other modules because backend and client are the two ends of one
+small protocol, and are read together.
 """
 
 from __future__ import annotations
@@ -36,16 +39,15 @@ from prometheus_client.parser import text_string_to_metric_families
 from sockgw._bpf import features
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable, Iterator
+    from collections.abc import Callable, Iterable, Iterator, Sequence
     from types import FrameType
 
 _KIB: Final = 1 << 10
 _MIB: Final = 1 << 20
-_GIB: Final = 1 << 30
 
 _SESSIONS: Final = 50
 _EXCHANGES: Final = 20_000
-_BULK_BYTES: Final = _GIB
+_ROUNDS: Final = 16
 _ROUND_BYTES: Final = 64 * _MIB  # of a bulk transfer, from one hash to the next
 _HALF_CLOSES: Final = 20
 _STEP_S: Final = 2.5  # a slow host moves less in a step, it does not take longer
@@ -75,15 +77,16 @@ def main() -> int:
                 if path == "relay":
                     raise
                 obstacle = str(error.strerror)  # no probe sees a seccomp filter, or a lockdown
+    is_equal = all(row.moved.is_equal for row in rows)
     click.echo()
     for line in _table(rows):
         click.echo(line)
-    click.echo()
-    is_equal = all(row.moved.is_equal for row in rows)
+    click.echo(_LEGEND)
     click.echo("Every digest is equal." if is_equal else "SOME DIGESTS DIFFER: that is a bug.")
     if obstacle:
-        click.echo(f"Not shown, splice, on which the kernel moves the bytes: {obstacle}")
-    click.echo(_next_steps(probed))
+        click.echo(f"\nNot shown: splice, where the kernel moves the bytes.\n{obstacle}")
+    cgroup2 = next(feature for feature in probed if feature.name == "cgroup2")
+    click.echo(_NEXT.format(cgroup="/sys/fs/cgroup" if cgroup2.remedy else cgroup2.detail))
     return 0 if is_equal else 1
 
 
@@ -96,6 +99,14 @@ class _Moved:
     p50_us: float | None
     wakeups: int
     is_equal: bool
+
+    @classmethod
+    def one_by_one(
+        cls, size: int, took_s: Sequence[float], wakeups: int, *, is_equal: bool
+    ) -> _Moved:
+        """Describe a step that did the same thing again and again."""
+        speed = f"{len(took_s) / sum(took_s):,.0f}/s"
+        return cls(size, speed, statistics.median(took_s) * 1e6, wakeups, is_equal)
 
 
 @dataclass(frozen=True, slots=True)
@@ -134,7 +145,8 @@ def _deadline(what: str) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        raise type(error)(error.errno, f"{what}: {error.strerror or error}") from error
+        # OSError() makes the subclass that belongs to the errno.
+        raise OSError(error.errno or errno.EIO, f"{what}: {error.strerror or error}") from error
     finally:
         signal.alarm(0)
 
@@ -161,7 +173,9 @@ class _Gateway:
             [sys.executable, "-m", "sockgw", "run", *words],
             stderr=subprocess.PIPE,
             text=True,
-            env={name: value for name, value in os.environ.items() if name[:7] != "SOCKGW_"},
+            env={
+                name: value for name, value in os.environ.items() if not name.startswith("SOCKGW_")
+            },
         )
         try:
             self._address, self._metrics = self._await_ready()
@@ -303,109 +317,97 @@ def _exchange(gateway: _Gateway, payload: memoryview) -> _Moved:
             session.sendall(payload[:_KIB])
             _receive(session, received[:_KIB])
         wakeups = gateway.wakeups()
-        end = time.monotonic() + _STEP_S
-        for number in range(_EXCHANGES):
-            session = sessions[number % _SESSIONS]
-            message = slice(number * _KIB, (number + 1) * _KIB)
-            start = time.perf_counter()
+        end = time.perf_counter() + _STEP_S
+        while len(took_s) < _EXCHANGES and (start := time.perf_counter()) < end:
+            session = sessions[len(took_s) % _SESSIONS]
+            message = slice(len(took_s) * _KIB, (len(took_s) + 1) * _KIB)
             session.sendall(payload[message])
             _receive(session, received[message])
             took_s.append(time.perf_counter() - start)
-            if start > end:
-                break
         wakeups = gateway.wakeups() - wakeups
     size = len(took_s) * _KIB
-    return _Moved(
-        bytes=2 * size,
-        speed=f"{len(took_s) / sum(took_s):,.0f}/s",
-        p50_us=statistics.median(took_s) * 1e6,
-        wakeups=wakeups,
-        is_equal=_sha256(payload[:size]) == _sha256(received[:size]),
-    )
-
-
-def _upload(gateway: _Gateway, payload: memoryview) -> _Moved:
-    """Send rounds over one session; the digest comes after the half-close."""
-    digest, number, took_s = hashlib.sha256(), 0, 0.0
-    wakeups = gateway.wakeups()
-    end = time.monotonic() + _STEP_S
-    with gateway.connect(b"T") as session:
-        _expect_dot(session)
-        while number * _ROUND_BYTES < _BULK_BYTES and time.monotonic() < end:
-            start = time.perf_counter()
-            _send_round(session, payload, number)
-            _expect_dot(session)
-            took_s += time.perf_counter() - start
-            _hash_round(digest, payload, number)  # as the backend does meanwhile
-            _expect_dot(session)
-            number += 1
-        session.shutdown(socket.SHUT_WR)
-        theirs = session.recv(digest.digest_size, socket.MSG_WAITALL)
-    return _bulk(number, took_s, gateway.wakeups() - wakeups, theirs == digest.digest())
-
-
-def _download(gateway: _Gateway, _payload: memoryview) -> _Moved:
-    """Ask for rounds over one session; the digest comes after the half-close."""
-    digest, number, took_s = hashlib.sha256(), 0, 0.0
-    buffer = memoryview(bytearray(_ROUND_BYTES))
-    wakeups = gateway.wakeups()
-    end = time.monotonic() + _STEP_S
-    with gateway.connect(b"G") as session:
-        while number * _ROUND_BYTES < _BULK_BYTES and time.monotonic() < end:
-            _expect_dot(session)
-            start = time.perf_counter()
-            session.sendall(b".")
-            count = _receive(session, buffer)
-            took_s += time.perf_counter() - start
-            digest.update(buffer[:count])  # as the backend does meanwhile
-            number += 1
-        _expect_dot(session)
-        session.shutdown(socket.SHUT_WR)
-        theirs = session.recv(digest.digest_size, socket.MSG_WAITALL)
-    return _bulk(number, took_s, gateway.wakeups() - wakeups, theirs == digest.digest())
+    is_equal = hashlib.sha256(payload[:size]).digest() == hashlib.sha256(received[:size]).digest()
+    return _Moved.one_by_one(2 * size, took_s, wakeups, is_equal=is_equal)
 
 
 def _half_close(gateway: _Gateway, payload: memoryview) -> _Moved:
     """Send and half-close at once, in session after session; the reply comes after."""
     sent, replied = hashlib.sha256(), hashlib.sha256()
-    moved, took_s = 0, list[float]()
+    reply = memoryview(bytearray(2 * _MIB))
+    size, took_s = 0, list[float]()
     wakeups = gateway.wakeups()
     for number in range(_HALF_CLOSES):
         request = payload[number * _MIB : (number + 1) * _MIB + number]
-        reply = memoryview(bytearray(2 * _MIB))
         start = time.perf_counter()
         with gateway.connect(b"A") as session:
             session.sendall(request)
             session.shutdown(socket.SHUT_WR)
             count = _receive(session, reply)
         took_s.append(time.perf_counter() - start)
-        moved += len(request) + count
+        size += len(request) + count
         sent.update(request)
         replied.update(reply[:count])
-    return _Moved(
-        bytes=moved,
-        speed=f"{_HALF_CLOSES / sum(took_s):,.0f}/s",
-        p50_us=statistics.median(took_s) * 1e6,
-        wakeups=gateway.wakeups() - wakeups,
-        is_equal=sent.digest() == replied.digest(),
-    )
+    wakeups = gateway.wakeups() - wakeups
+    return _Moved.one_by_one(size, took_s, wakeups, is_equal=sent.digest() == replied.digest())
+
+
+def _upload(gateway: _Gateway, payload: memoryview) -> _Moved:
+    """Send a stream to the backend, which says when it has a round."""
+
+    def move(session: socket.socket, number: int, digest: hashlib._Hash) -> float:
+        start = time.perf_counter()
+        _send_round(session, payload, number)
+        _expect_dot(session)
+        took_s = time.perf_counter() - start
+        _hash_round(digest, payload, number)  # as the backend does meanwhile
+        return took_s
+
+    return _bulk(gateway, b"T", move)
+
+
+def _download(gateway: _Gateway, _payload: memoryview) -> _Moved:
+    """Ask the backend for a stream, round by round."""
+    buffer = memoryview(bytearray(_ROUND_BYTES))
+
+    def move(session: socket.socket, _number: int, digest: hashlib._Hash) -> float:
+        start = time.perf_counter()
+        session.sendall(b".")
+        count = _receive(session, buffer)
+        took_s = time.perf_counter() - start
+        digest.update(buffer[:count])  # as the backend does meanwhile
+        return took_s
+
+    return _bulk(gateway, b"G", move)
+
+
+def _bulk(
+    gateway: _Gateway, service: bytes, move: Callable[[socket.socket, int, hashlib._Hash], float]
+) -> _Moved:
+    """Move rounds over one session; the backend's digest follows the half-close."""
+    digest, took_s = hashlib.sha256(), list[float]()
+    wakeups = gateway.wakeups()
+    end = time.perf_counter() + _STEP_S
+    with gateway.connect(service) as session:
+        _expect_dot(session)
+        while len(took_s) < _ROUNDS and time.perf_counter() < end:
+            took_s.append(move(session, len(took_s), digest))
+            _expect_dot(session)
+        session.shutdown(socket.SHUT_WR)
+        theirs = session.recv(digest.digest_size, socket.MSG_WAITALL)
+    size = len(took_s) * _ROUND_BYTES
+    speed = f"{size * 8 / sum(took_s) / 1e9:.1f} Gbit/s"
+    return _Moved(size, speed, None, gateway.wakeups() - wakeups, theirs == digest.digest())
 
 
 _STEPS: Final[dict[str, Callable[[_Gateway, memoryview], _Moved]]] = {
-    f"exchanges of 1 KiB over {_SESSIONS} sessions": _exchange,
+    "exchanges of 1 KiB": _exchange,
     "bulk to the backend": _upload,
     "bulk to the client": _download,
-    "half-close of 1 MiB, then the reply": _half_close,
+    "half-close and reply": _half_close,
 }
 
 
-def _bulk(rounds: int, took_s: float, wakeups: int, is_equal: bool) -> _Moved:  # noqa: FBT001
-    moved = rounds * _ROUND_BYTES
-    return _Moved(moved, f"{moved * 8 / took_s / 1e9:.1f} Gbit/s", None, wakeups, is_equal)
-
-
 def _send_round(sock: socket.socket, payload: memoryview, number: int) -> None:
-    """Send the payload, rotated so that no round is like another."""
     for part in _rotate(payload, number):
         sock.sendall(part)
 
@@ -416,6 +418,7 @@ def _hash_round(digest: hashlib._Hash, payload: memoryview, number: int) -> None
 
 
 def _rotate(payload: memoryview, number: int) -> tuple[memoryview, memoryview]:
+    """Begin the payload elsewhere: rounds that were alike could be exchanged unseen."""
     cut = number * _MIB
     return payload[cut:], payload[:cut]
 
@@ -423,10 +426,11 @@ def _rotate(payload: memoryview, number: int) -> tuple[memoryview, memoryview]:
 def _receive(sock: socket.socket, buffer: memoryview) -> int:
     """Fill the buffer; return less than its length only at the end of the stream."""
     filled = 0
-    while count := sock.recv_into(buffer[filled:], 0, socket.MSG_WAITALL):
-        filled += count
-        if filled == len(buffer):
+    while filled < len(buffer):
+        count = sock.recv_into(buffer[filled:], 0, socket.MSG_WAITALL)
+        if not count:
             break
+        filled += count
     return filled
 
 
@@ -435,17 +439,13 @@ def _expect_dot(sock: socket.socket) -> None:
         raise ConnectionAbortedError(errno.ECONNABORTED, "the stream ended early")
 
 
-def _sha256(data: memoryview) -> bytes:
-    return hashlib.sha256(data).digest()
-
-
 # --- what is said of it
 
 
 def _table(rows: Iterable[_Row]) -> Iterator[str]:
     """Yield the table's lines."""
-    line = "{:7} {:36} {:>9} {:>12} {:>9} {:>8} {:>9}  {}".format
-    yield line("path", "what", "moved", "speed", "p50", "wakeups", "in kernel", "SHA-256")
+    line = "{:6} {:20} {:>9} {:>11} {:>8} {:>7} {:>6} {}".format
+    yield line("path", "what", "moved", "speed", "p50", "wakeups", "kernel", "SHA-256")
     for row in rows:
         moved = row.moved
         yield line(
@@ -456,15 +456,17 @@ def _table(rows: Iterable[_Row]) -> Iterator[str]:
             f"{moved.p50_us:,.0f} us" if moved.p50_us else "",
             f"{moved.wakeups:,}",
             f"{row.in_kernel:.1%}",
-            "equal" if moved.is_equal else "DIFFERENT",
+            "equal" if moved.is_equal else "DIFFERS",
         )
 
 
-def _next_steps(probed: Iterable[features.Feature]) -> str:
-    cgroup = next(
-        (f.detail for f in probed if f.name == "cgroup2" and not f.remedy), "/sys/fs/cgroup"
-    )
-    return f"""
+_LEGEND: Final = f"""
+Exchanges: one at a time, over {_SESSIONS} sessions in turn. Half-closes: 1 MiB, a session each.
+wakeups: of the gateway's threads. kernel: the share of the bytes that only the kernel
+touched; on splice, a stream that outruns its receiver is relayed until it pauses.
+"""
+
+_NEXT: Final = """
 What to try next:
   sockgw check
   sockgw run --listen 127.0.0.1:8080 --backend 127.0.0.1:9000

@@ -11,7 +11,7 @@ from __future__ import annotations
 import time
 from typing import TYPE_CHECKING, Final, Protocol
 
-from sockgw.session import TABLE, Action, Event, State, Way
+from sockgw.session import TABLE, Action, Event, Path, State, Way
 from sockgw.splice import LINGER_S
 
 if TYPE_CHECKING:
@@ -94,23 +94,27 @@ class Direction:
         return self.state is State.COPYING and self.relay.is_holding
 
     @property
-    def progress(self) -> int:
+    def moved(self) -> int:
         """A number that grows with every byte that moves, on any path."""
         moved = self.relay.taken + self.relay.written
         if self.splice is not None:
             moved += self.splice.slot.redirected + self.splice.slot.passed
         return moved
 
-    def connected(self) -> None:
-        """Begin on the relay."""
-        self._feed(Event.CONNECTED)
+    def bytes_by_path(self) -> dict[Path, int]:
+        """Return the bytes that have left for the target, by the way they went."""
+        spliced = self.splice.slot.redirected if self.splice is not None else 0
+        return {Path.SPLICE: spliced, Path.RELAY: self.relay.written}
 
-    def paired(self, splice: Splice) -> None:
-        """Begin on splice."""
+    def connected(self, splice: Splice | None) -> None:
+        """Begin: there is a target, and `splice` if the source is in the map."""
         self.splice = splice
-        self._feed(Event.PAIRED)
-        if self._has_seen_fin:
-            self._feed(Event.FIN)
+        if splice is None or not splice.can_return:
+            self._feed(Event.CONNECTED)
+        else:
+            self._feed(Event.PAIRED)
+            if self._has_seen_fin:
+                self._feed(Event.FIN)
 
     def saw_fin(self) -> None:
         """Take note that the source's peer has sent its FIN."""
@@ -140,7 +144,7 @@ class Direction:
         """Tell whether the target's TCP has all that the source gave us."""
         if self.relay.is_holding:
             return False
-        if self.splice is None:
+        if self.splice is None or self.is_ended:
             return True
         return self.splice.unread <= 0 and self.splice.is_flushed()
 

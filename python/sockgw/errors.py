@@ -11,6 +11,9 @@ from __future__ import annotations
 import errno as errno_names
 import os
 
+# Python knows this number by its other name, the kernel's sources by this one.
+_NAMES = {errno_names.EOPNOTSUPP: "EOPNOTSUPP"}
+
 
 class SockgwError(Exception):
     """The root of the hierarchy; never raised itself."""
@@ -51,7 +54,7 @@ class DatapathError(SockgwError, OSError):
     def __str__(self) -> str:
         """Return ``operation target: ERRNO (meaning)``, then the way out."""
         number = self.errno or 0
-        name = errno_names.errorcode.get(number, str(number))
+        name = _NAMES.get(number) or errno_names.errorcode.get(number, str(number))
         text = f"{self.operation} {self.target}: {name} ({self.strerror})"
         return f"{text}; {self.hint}" if self.hint else text
 

@@ -52,7 +52,7 @@ class Gateway:
         self._max_sessions = 0
         self._deadline: threading.Timer | None = None
         self._crash: BaseException | None = None
-        self._lock = threading.Lock()  # of drain() and close()
+        self._lock = threading.Lock()  # guards the workers against orders after their end
         self._is_draining = False
 
     def start(self) -> None:
@@ -91,6 +91,7 @@ class Gateway:
         listener.listen()
         if config.metrics is not None:
             self._metrics = serve(config.metrics, self.snapshot)
+        warned_reasons: set[str] = set()
         self._workers = [
             Worker(
                 index,
@@ -99,6 +100,7 @@ class Gateway:
                 datapath=self._datapath,
                 connect_timeout_s=config.connect_timeout_s,
                 idle_timeout_s=config.idle_timeout_s,
+                warned_reasons=warned_reasons,
                 on_crash=self._crashed,
             )
             for index in range(config.threads)
@@ -226,8 +228,9 @@ class Gateway:
         return sum(len(worker.sessions) for worker in self._workers)
 
     def _reset_all(self, end: End) -> None:
-        for worker in self._workers:
-            worker.close_sessions(end)
+        with self._lock:
+            for worker in self._workers:
+                worker.close_sessions(end)
 
     def _crashed(self, error: BaseException) -> None:
         """End everything: a gateway without one of its workers strands sessions."""
@@ -236,13 +239,17 @@ class Gateway:
         self.close()
 
     def _release(self) -> None:
-        if self._deadline is not None:
-            self._deadline.cancel()
         if self._metrics is not None:
             self._metrics.close()
             self._metrics = None
-        if self._listener is not None:
-            self._listener.close()
+        with self._lock:
+            if self._deadline is not None:
+                self._deadline.cancel()
+            if self._listener is not None:
+                self._listener.close()
+            workers, self._workers = self._workers, []
+        for worker in workers:
+            worker.release()
         if self._datapath is not None:
             self._datapath.close()
             self._datapath = None

@@ -43,7 +43,7 @@ class Listener:
         family, sockaddr = address.resolve(option="--listen")[0]
         self.socket = socket.socket(family, socket.SOCK_STREAM)
         try:
-            self.socket.setblocking(False)
+            self.socket.setblocking(False)  # noqa: FBT003 - its name says it
             self.socket.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
             self.socket.bind(sockaddr)
         except OSError as error:
@@ -130,7 +130,7 @@ class Listener:
             # errors speak of that one connection, which is gone; EBADF of
             # our own close().
             return None
-        sock.setblocking(False)
+        sock.setblocking(False)  # noqa: FBT003 - its name says it
         return sock, address
 
     def _pause(self) -> None:

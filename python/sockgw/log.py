@@ -2,8 +2,9 @@
 """The log: one line on stderr per event, as text or as JSON.
 
 This module owns how a record is written; callers own what it says. Structured
-values travel as ``extra={"fields": {...}}`` and keep their order. A line is a
-line: no byte that a peer chose can start a second one or reach a terminal.
+values travel as ``extra={"fields": {...}}`` and keep their order; an exception
+is one more, ``error``. A line is a line: no byte that a peer chose can start a
+second one or reach a terminal.
 """
 
 from __future__ import annotations
@@ -13,12 +14,8 @@ import logging
 import re
 import sys
 from datetime import datetime, timezone
-from typing import TYPE_CHECKING, Any
 
 from sockgw.config import LogFormat
-
-if TYPE_CHECKING:
-    from collections.abc import Mapping
 
 # C0 and C1 controls, DEL, and the two separators that Unicode calls line ends.
 _CONTROL = re.compile("[\x00-\x1f\x7f-\x9f\u2028\u2029]")
@@ -28,11 +25,11 @@ _BARE_VALUE = re.compile(r"[!#-<>-\[\]-~]+")
 def configure(log_format: LogFormat, verbose: bool) -> None:  # noqa: FBT001
     """Send the records of ``sockgw`` and below it to stderr, and only there.
 
-    INFO and above; `verbose` adds DEBUG. Calling it again replaces what the
-    last call set up.
+    INFO and above; `verbose` adds DEBUG, and the traceback of an exception that
+    a record carries. Calling it again replaces what the last call set up.
     """
     handler = _StderrHandler(sys.stderr)
-    handler.setFormatter(_FORMATTERS[log_format]())
+    handler.setFormatter(_FORMATTERS[log_format](verbose=verbose))
     logger = logging.getLogger("sockgw")
     logger.setLevel(logging.DEBUG if verbose else logging.INFO)
     logger.handlers[:] = [handler]
@@ -56,30 +53,51 @@ class _StderrHandler(logging.StreamHandler):  # type: ignore[type-arg]  # no [Te
             super().handleError(record)
 
 
-class _TextFormatter(logging.Formatter):
+class _Formatter(logging.Formatter):
+    """Collects what both formats write."""
+
+    def __init__(self, *, verbose: bool) -> None:
+        """Write tracebacks if `verbose`."""
+        super().__init__()
+        self._verbose = verbose
+
+    def fields(self, record: logging.LogRecord) -> dict[str, object]:
+        """Return the record's fields, and its exception as one of them."""
+        fields = dict(getattr(record, "fields", {}))
+        if record.exc_info and (error := record.exc_info[1]):
+            fields["error"] = f"{type(error).__name__}: {error}"
+        return fields
+
+    def traceback(self, record: logging.LogRecord) -> str:
+        """Return the traceback, if there is one and it is wanted."""
+        wanted = self._verbose and record.exc_info
+        return self.formatException(wanted) if wanted else ""
+
+
+class _TextFormatter(_Formatter):
     """``2026-11-22T12:00:00.123Z INFO message key=value``."""
 
     def format(self, record: logging.LogRecord) -> str:
-        """Return the line; a traceback, if the record has one, follows it."""
+        """Return one line; under it the traceback, for those who want it."""
         head = f"{_time(record)} {record.levelname} {one_line(record.getMessage())}"
-        pairs = (f"{key}={_bare_or_quoted(value)}" for key, value in _fields(record).items())
+        pairs = (f"{key}={_bare_or_quoted(value)}" for key, value in self.fields(record).items())
         line = " ".join((head, *pairs))
-        return f"{line}\n{self.formatException(record.exc_info)}" if record.exc_info else line
+        return "\n".join(filter(None, (line, self.traceback(record))))
 
 
-class _JsonFormatter(logging.Formatter):
+class _JsonFormatter(_Formatter):
     """``{"time": ..., "level": ..., "message": ..., fields...}``."""
 
     def format(self, record: logging.LogRecord) -> str:
         """Return one JSON object, without a line break."""
-        event: dict[str, Any] = {
+        event = {
             "time": _time(record),
             "level": record.levelname,
             "message": record.getMessage(),
-            **_fields(record),
+            **self.fields(record),
         }
-        if record.exc_info:
-            event["traceback"] = self.formatException(record.exc_info)
+        if traceback := self.traceback(record):
+            event["traceback"] = traceback
         return json.dumps(event, default=str)
 
 
@@ -89,10 +107,6 @@ _FORMATTERS = {LogFormat.TEXT: _TextFormatter, LogFormat.JSON: _JsonFormatter}
 def _time(record: logging.LogRecord) -> str:
     moment = datetime.fromtimestamp(record.created, tz=timezone.utc)
     return moment.replace(tzinfo=None).isoformat(timespec="milliseconds") + "Z"
-
-
-def _fields(record: logging.LogRecord) -> Mapping[str, object]:
-    return getattr(record, "fields", {})
 
 
 def _bare_or_quoted(value: object) -> str:

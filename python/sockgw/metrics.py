@@ -73,6 +73,7 @@ FALLBACK_REASONS = (
     "busy",
     "invalid_socket",
     "no_room",
+    "other",
 )
 
 FLUSH_BUCKETS_S = (
@@ -104,7 +105,7 @@ class Tally:
     """
 
     sessions_total: Counter[str] = field(default_factory=partial(_zeros, PATHS))
-    """Sessions, by the best path that they were ever on."""
+    """Sessions that reached a backend, by the path that they began on."""
     sessions_ended: Counter[str] = field(default_factory=partial(_zeros, ENDS))
     bytes: Counter[tuple[str, str]] = field(
         default_factory=partial(_zeros, tuple(product(DIRECTIONS, PATHS)))
@@ -284,7 +285,7 @@ class _GatewayCollector(Collector):
         yield _family(
             CounterMetricFamily,
             "gateway_sessions",
-            "Sessions, by the best path that they were ever on.",
+            "Sessions that reached a backend, by the path that they began on.",
             ("path",),
             tally.sessions_total,
         )

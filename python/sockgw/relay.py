@@ -7,12 +7,15 @@ nothing of epoll, of the map or of the session around it.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Final
-
-if TYPE_CHECKING:
-    import socket
+import functools
+import socket
+from pathlib import Path
+from typing import Final
 
 BUFFER_BYTES: Final = 512 * 1024
+_RECEIVE_BYTES: Final = 2 << 20
+"""SO_RCVBUF of a relayed socket; the kernel doubles it."""
+_SO_RCVBUFFORCE: Final = 33
 
 
 class Buffers:
@@ -36,6 +39,26 @@ class Buffers:
         """Take a buffer back; more than a few are freed."""
         if len(self._free) < self._KEEP:
             self._free.append(buffer)
+
+
+def bound(sock: socket.socket) -> None:
+    """Bound what `sock` may receive while its target is stalled.
+
+    Left to the kernel, the receive buffer of a fast stream grows to
+    tcp_rmem[2], which is 32 MiB on some hosts. Without CAP_NET_ADMIN the bound
+    is set only where net.core.rmem_max allows it: a lower one would cost
+    throughput over long distances.
+    """
+    try:
+        sock.setsockopt(socket.SOL_SOCKET, _SO_RCVBUFFORCE, _RECEIVE_BYTES)
+    except PermissionError:
+        if _rmem_max() >= _RECEIVE_BYTES:
+            sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, _RECEIVE_BYTES)
+
+
+@functools.cache
+def _rmem_max() -> int:
+    return int(Path("/proc/sys/net/core/rmem_max").read_text(encoding="ascii"))
 
 
 class Relay:

@@ -20,6 +20,7 @@ if TYPE_CHECKING:
 
 KEEPS_SPILLING_S: Final = 1.0
 """A spill this soon after a return makes the direction linger on the relay."""
+_NEVER_S: Final = float("-inf")
 LINGER_S: Final = 0.05
 """How long a lingering direction must be idle before it returns."""
 
@@ -50,7 +51,7 @@ class Splice:
         self._relay = relay
         self._taken_before = relay.taken
         self._flushed_at = 0
-        self._returned_at_s = float("-inf")
+        self._returned_at_s = _NEVER_S
         self._is_lingering = False
 
     @property

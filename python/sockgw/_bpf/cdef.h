@@ -39,10 +39,13 @@ void sgw_log_capture(void);
 void sgw_log_reset(void);
 const char *sgw_log_text(void);
 
+/* What SO_SNDBUF and SO_RCVBUF of a paired socket are set to. */
+#define SGW_BUFFER_BYTES 2097152
+
 /* The steps of pairing, in this order. */
 enum sgw_step {
 	SGW_STEP_CHECK, /* both sockets are ESTABLISHED */
-	SGW_STEP_BUFFERS, /* room for the credit rule */
+	SGW_STEP_BUFFERS, /* room for the credit rule, and a bound */
 	SGW_STEP_COOKIES,
 	SGW_STEP_PAIR_CLIENT, /* sock_pair_map before sock_map: */
 	SGW_STEP_PAIR_BACKEND, /* a verdict that runs finds its pair */

@@ -43,9 +43,7 @@ def _check(result: Any, operation: str, target: str) -> Any:  # noqa: ANN401 - a
         return result
     else:
         number = ffi.errno
-    raise DatapathError(
-        number, operation, target, _LOST_RIGHTS if number == errno.EPERM else ""
-    )
+    raise DatapathError(number, operation, target, _LOST_RIGHTS if number == errno.EPERM else "")
 
 
 class Map:
@@ -166,9 +164,7 @@ class Object:
     def attach_verdict(self, program: str, sockets: Map) -> None:
         """Attach `program` to the sockmap; it goes when the map goes."""
         fd = _check(lib.bpf_program__fd(self._program(program)), "find", program)
-        _check(
-            lib.sgw_attach_verdict(fd, sockets.fd), f"attach {program} to", sockets.name
-        )
+        _check(lib.sgw_attach_verdict(fd, sockets.fd), f"attach {program} to", sockets.name)
 
     def attach_cgroup(self, program: str, cgroup: Path) -> None:
         """Attach `program` to `cgroup` by a link, which dies with the process."""

@@ -76,17 +76,26 @@ static int check(const struct sgw_pair *pair)
 }
 
 /* The send buffer is a direction's credit, and with the default of 87 KiB a
- * large segment never fits. The kernel doubles the value. SO_SNDBUF alone,
- * without CAP_NET_ADMIN, is cut at net.core.wmem_max, and that is all right.
+ * large segment never fits. The receive buffer is what a stalled session may
+ * hold: left to the kernel it grows to tcp_rmem[2] (6.18: 9 MB within seconds
+ * of bulk, of 33 allowed). The kernel doubles the value. Without CAP_NET_ADMIN
+ * it is cut at net.core.wmem_max and rmem_max, and that is all right.
  */
-static int widen(int fd)
+static int set_buffer(int fd, int force_option, int option)
 {
-	int bytes = 2 << 20;
+	int bytes = SGW_BUFFER_BYTES;
 
-	if (setsockopt(fd, SOL_SOCKET, SO_SNDBUFFORCE, &bytes, sizeof(bytes)) &&
-	    setsockopt(fd, SOL_SOCKET, SO_SNDBUF, &bytes, sizeof(bytes)))
+	if (setsockopt(fd, SOL_SOCKET, force_option, &bytes, sizeof(bytes)) &&
+	    setsockopt(fd, SOL_SOCKET, option, &bytes, sizeof(bytes)))
 		return -errno;
 	return 0;
+}
+
+static int set_buffers(int fd)
+{
+	int err = set_buffer(fd, SO_SNDBUFFORCE, SO_SNDBUF);
+
+	return err ? err : set_buffer(fd, SO_RCVBUFFORCE, SO_RCVBUF);
 }
 
 static int cookie_of(int fd, uint64_t *cookie)
@@ -132,8 +141,8 @@ int sgw_pair_step(struct sgw_pair *pair, enum sgw_step step)
 	case SGW_STEP_CHECK:
 		return check(pair);
 	case SGW_STEP_BUFFERS:
-		err = widen(pair->client);
-		return err ? err : widen(pair->backend);
+		err = set_buffers(pair->client);
+		return err ? err : set_buffers(pair->backend);
 	case SGW_STEP_COOKIES:
 		err = cookie_of(pair->client, &pair->client_cookie);
 		return err ? err : cookie_of(pair->backend, &pair->backend_cookie);

@@ -1,0 +1,375 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A session's life on real sockets: dialled, paired, watched, ended, reported.
+
+Owns the client and the backend socket and what epoll watches them for. The
+bytes are the business of its two directions; threads and clocks of its worker.
+"""
+
+from __future__ import annotations
+
+import errno
+import fcntl
+import logging
+import select
+import socket
+import struct
+import termios
+import time
+from typing import TYPE_CHECKING, Any, Final
+
+from sockgw.backend import Dial
+from sockgw.config import format_sockaddr
+from sockgw.direction import Direction
+from sockgw.errors import DatapathError, DialError
+from sockgw.relay import Relay, bound
+from sockgw.session import End, Path, Way
+from sockgw.splice import Splice
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from sockgw.datapath import Pair
+    from sockgw.worker import Worker
+
+_log = logging.getLogger("sockgw")
+_access_log = logging.getLogger("sockgw.access")
+
+# Edge-triggered: a FIN or a HUP that we cannot act on yet is told once, and a
+# change of the mask asks again.
+_QUIET: Final = select.EPOLLRDHUP | select.EPOLLET
+_GRACE_S: Final = 0.05
+"""How long the last bytes before a reset may take to reach the other side."""
+_SETTLE_S: Final = 0.001
+_ABORT: Final = struct.pack("ii", 1, 0)  # struct linger: on, 0 s: close() resets
+_REFUSALS: Final = {
+    errno.EOPNOTSUPP: "not_established",
+    errno.EBUSY: "busy",
+    errno.EINVAL: "invalid_socket",
+    errno.ENOSPC: "no_room",
+    errno.E2BIG: "no_room",
+    errno.ENOMEM: "no_room",
+}
+
+
+class Session:
+    """One client, one backend, and the two directions between them."""
+
+    __slots__ = (
+        "_active_at_s",
+        "_backend_mask",
+        "_client_has_fin",
+        "_client_mask",
+        "_dial",
+        "_directions",
+        "_end",
+        "_grace_until_s",
+        "_moved",
+        "_started_s",
+        "_worker",
+        "client",
+        "client_name",
+        "is_closed",
+        "pair",
+        "tally",
+    )
+
+    def __init__(self, worker: Worker, client: socket.socket, address: Any) -> None:  # noqa: ANN401 - a sockaddr
+        """Take the accepted `client`."""
+        self.client = client
+        self.client_name = format_sockaddr(address)
+        self.tally = worker.tally
+        self.pair: Pair | None = None
+        self.is_closed = False
+        self._worker = worker
+        self._dial = Dial(worker.backends.order())
+        # To the backend, to the client; none before there is a backend.
+        self._directions: tuple[Direction, Direction] | None = None
+        self._started_s = self._active_at_s = time.monotonic()
+        self._moved = -1
+        self._client_has_fin = False
+        self._client_mask = _QUIET
+        self._backend_mask = 0
+        self._end: End | None = None
+        self._grace_until_s = 0.0
+
+    @property
+    def path(self) -> Path:
+        """The best path that this session is on."""
+        is_spliced = self.pair is not None and self.pair.refused is None
+        return Path.SPLICE if is_spliced else Path.RELAY
+
+    @property
+    def backend(self) -> socket.socket | None:
+        """The backend socket, from the dial on."""
+        return self._dial.socket
+
+    def start(self) -> None:
+        """Watch the client, and dial."""
+        self.client.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        self._worker.watch(self.client, _QUIET, self)
+        self._begin_dial()
+
+    def on_event(self, fd: int, mask: int) -> None:
+        """Handle epoll's `mask` for the socket that has `fd`."""
+        is_client = fd == self.client.fileno()
+        if self._directions is None and not is_client:
+            self._decide_dial()
+        elif mask & select.EPOLLERR:
+            self._fail(End.CLIENT_RESET if is_client else End.BACKEND_RESET)
+        elif self._directions is None:
+            self._client_has_fin |= bool(mask & select.EPOLLRDHUP)
+        elif self._end is None:
+            to_backend, to_client = self._directions
+            sourced, targeted = (to_backend, to_client) if is_client else (to_client, to_backend)
+            if mask & select.EPOLLRDHUP:
+                sourced.saw_fin()
+            if mask & select.EPOLLIN:
+                sourced.saw_room()
+            if mask & select.EPOLLOUT:
+                targeted.saw_room()
+            self.rewatch()
+
+    def on_spill(self, *, is_to_backend: bool) -> None:
+        """Handle a spill that the verdict announced."""
+        if self._directions is not None and self._end is None:
+            self._directions[0 if is_to_backend else 1].saw_spill()
+            self.rewatch()
+
+    def on_dial_timeout(self) -> None:
+        """Give up on the backend that has not answered, and dial the next."""
+        backend = self.backend
+        if backend is not None:
+            self._dial_failed(backend, self._dial.failure())
+
+    def rewatch(self) -> None:
+        """Let epoll watch for what the directions now want, and no more."""
+        if self.is_closed or self._directions is None or self.backend is None:
+            return
+        to_backend, to_client = self._directions
+        mask = _mask(to_backend, to_client)
+        if mask != self._client_mask:
+            self._client_mask = mask
+            self._worker.poller.modify(self.client, mask)
+        mask = _mask(to_client, to_backend)
+        if mask != self._backend_mask:
+            self._backend_mask = mask
+            self._worker.poller.modify(self.backend, mask)
+
+    def reset_if_idle(self, now_s: float, idle_s: float) -> None:
+        """End the session if nothing has moved for `idle_s`, on any path."""
+        if self._directions is None:  # the connect timeout sees to it
+            return
+        moved = sum(direction.moved for direction in self._directions)
+        if moved != self._moved:
+            self._moved = moved
+            self._active_at_s = now_s
+        elif now_s - self._active_at_s >= idle_s:
+            self.close(End.IDLE_TIMEOUT)
+
+    def held_by_kernel(self) -> int:
+        """Return the bytes redirected that the targets' TCP has not yet taken."""
+        splices = (direction.splice for direction in self._directions or ())
+        return sum(splice.outstanding() for splice in splices if splice is not None)
+
+    def close(self, end: End) -> None:
+        """End the session now; anything but EOF resets what is still open."""
+        if self.is_closed:
+            return
+        self.is_closed = True
+        self._end = end
+        self._worker.dialling.pop(self, None)
+        self._report(end)
+        for sock in (self.client, self.backend):
+            if sock is not None:
+                self._worker.unwatch(sock)
+                if end is not End.EOF:
+                    sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, _ABORT)
+        for direction in self._directions or ():
+            direction.relay.drop()
+        self._worker.bury(self)
+
+    def release(self) -> None:
+        """Let go of the sockets; from here on nobody comes back to this session."""
+        for sock in (self.client, self.backend):
+            if sock is not None:
+                sock.close()
+        # They refer back to this: as a cycle they would wait for the collector.
+        self._directions = None
+
+    # What the directions ask for (direction.Host).
+
+    def later(self, delay_s: float, callback: Callable[[], None]) -> None:
+        """Call back in `delay_s`, unless the session is closed."""
+        self._worker.after(delay_s, self, callback)
+
+    def lost(self, way: Way, error: OSError) -> None:
+        """Take note that the socket which feeds `way` failed."""
+        _log.debug("session %s: %s lost its source: %s", self.client_name, way.value, error)
+        self._fail(End.CLIENT_RESET if way is Way.TO_BACKEND else End.BACKEND_RESET)
+
+    def shut(self, way: Way) -> None:
+        """Pass the FIN on: `way` has ended."""
+        if self._end is not None or self._directions is None:
+            return
+        to_backend, to_client = self._directions
+        target = (to_backend if way is Way.TO_BACKEND else to_client).relay.target
+        try:
+            target.shutdown(socket.SHUT_WR)
+        except OSError as error:  # ENOTCONN: it was reset just now
+            self.lost(Way.TO_CLIENT if way is Way.TO_BACKEND else Way.TO_BACKEND, error)
+            return
+        if to_backend.is_ended and to_client.is_ended:
+            self.close(End.EOF)
+
+    # The dial.
+
+    def _begin_dial(self) -> None:
+        """Dial the next target, until one is under way or none is left."""
+        while True:
+            try:
+                backend = self._dial.begin(self._worker.prepare)
+            except DialError as error:
+                self._count_dial_error(error)
+            else:
+                break
+        if backend is None:
+            self._fail(End.DIAL_FAILED)
+            return
+        self._backend_mask = select.EPOLLOUT | _QUIET
+        self._worker.watch(backend, self._backend_mask, self)
+        self._worker.dialling[self] = time.monotonic() + self._worker.connect_timeout_s
+
+    def _decide_dial(self) -> None:
+        """Learn how connect() ended."""
+        backend = self.backend
+        if backend is None or self._end is not None:
+            return
+        self._worker.dialling.pop(self, None)
+        try:
+            self._dial.check(backend)
+        except DialError as error:
+            self._dial_failed(backend, error)
+        else:
+            self._connected(backend)
+
+    def _dial_failed(self, backend: socket.socket, error: DialError) -> None:
+        self._count_dial_error(error)
+        self._worker.unwatch(backend)
+        self._worker.discard(backend)
+        self._begin_dial()
+
+    def _count_dial_error(self, error: DialError) -> None:
+        self.tally.dial_errors[error.reason] += 1
+        self._worker.backends.warn(error)
+
+    def _connected(self, backend: socket.socket) -> None:
+        """Begin to move bytes, on the best path that takes this session."""
+        buffers = self._worker.buffers
+        self._directions = to_backend, to_client = (
+            Direction(Way.TO_BACKEND, Relay(self.client, backend, buffers), self),
+            Direction(Way.TO_CLIENT, Relay(backend, self.client, buffers), self),
+        )
+        self._backend_mask = 0  # whatever is wanted from here on, it is not this
+        if self._client_has_fin:
+            to_backend.saw_fin()
+        splices = self._pair(to_backend, to_client)
+        self.tally.sessions_total[self.path.value] += 1
+        # What the backend says first must not wait for what the client sends.
+        for direction in (to_client, to_backend):
+            direction.connected(splices.get(direction.way))
+        self.rewatch()
+
+    def _pair(self, to_backend: Direction, to_client: Direction) -> dict[Way, Splice]:
+        """Hand both sockets to the kernel; empty when it does not take them."""
+        worker, datapath = self._worker, self._worker.datapath
+        client, backend = to_backend.relay.source, to_backend.relay.target
+        pair: Pair | None = None
+        if datapath is not None:
+            try:
+                self.pair = pair = datapath.pair(client, backend, worker.index)
+            except DatapathError as error:
+                self._refused(error)
+        if datapath is None or pair is None:
+            bound(client)
+            bound(backend)
+            return {}
+        worker.paired[datapath.key(pair)] = self
+        if pair.refused is not None:
+            self._refused(pair.refused)
+        return {
+            direction.way: Splice(slot, direction.relay, direction.way, can_return=not pair.refused)
+            for direction, slot in ((to_backend, pair.to_backend), (to_client, pair.to_client))
+            if slot is not None
+        }
+
+    def _refused(self, error: DatapathError) -> None:
+        reason = _REFUSALS.get(error.errno or 0, "other")
+        self.tally.fallbacks[reason] += 1
+        self._worker.warn_refused(reason, error)
+
+    # The end.
+
+    def _fail(self, end: End) -> None:
+        """One side is gone: reset the other, once it has what came before.
+
+        A server that answers and resets (an upload it does not want) has its
+        answer delivered: without us the client would have got it too.
+        """
+        if self._end is None:
+            self._end = end
+            self._grace_until_s = time.monotonic() + _GRACE_S
+            self._settle()
+
+    def _settle(self) -> None:
+        if self._directions is None or self._end is None:
+            self.close(self._end or End.ERROR)
+            return
+        direction = self._directions[0 if self._end is End.CLIENT_RESET else 1]
+        direction.look()
+        is_done = direction.is_delivered() and not _unacknowledged(direction.relay.target)
+        if is_done or time.monotonic() >= self._grace_until_s:
+            self.close(self._end)
+        else:
+            self.later(_SETTLE_S, self._settle)
+
+    def _report(self, end: End) -> None:
+        self.tally.sessions_ended[end.value] += 1
+        if not _access_log.isEnabledFor(logging.INFO):
+            return
+        fields: dict[str, Any] = {
+            "client": self.client_name,
+            "listener": self._worker.listener.address,
+            "backend": self._dial.target if self._directions else "-",
+            "seconds": round(time.monotonic() - self._started_s, 6),
+            "path": self.path.value,
+            "end": end.value,
+        }
+        for way in Way:
+            for path in (Path.SPLICE, Path.RELAY):
+                fields[f"{way.value}_{path.value}_bytes"] = 0
+        for direction in self._directions or ():
+            for path, count in direction.bytes_by_path().items():
+                fields[f"{direction.way.value}_{path.value}_bytes"] = count
+        fields["spills"] = sum(direction.spills for direction in self._directions or ())
+        for side, sock in (("client", self.client), ("backend", self.backend)):
+            seen = self._worker.connection(sock)
+            if seen is not None:
+                fields[f"{side}_rtt_us"] = seen.rtt_us
+                fields[f"{side}_retransmits"] = seen.retransmits
+        _access_log.info("session", extra={"fields": fields})
+
+
+def _mask(sourced: Direction, targeted: Direction) -> int:
+    """Return what to watch on a socket, source of one and target of the other."""
+    mask = _QUIET
+    if sourced.wants_read:
+        mask |= select.EPOLLIN
+    if targeted.wants_write:
+        mask |= select.EPOLLOUT
+    return mask
+
+
+def _unacknowledged(sock: socket.socket) -> int:
+    """Return the bytes in `sock`'s write queue that its peer has not acknowledged."""
+    answer = fcntl.ioctl(sock, termios.TIOCOUTQ, b"\0\0\0\0")
+    return int(struct.unpack("i", answer)[0])
