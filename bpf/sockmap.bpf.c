@@ -135,22 +135,83 @@ static __always_inline bool has_room(struct sock_slot *slot, struct tcp_sock *ta
 	return need <= sk->sk_sndbuf;
 }
 
+struct cut {
+	struct __sk_buff *skb;
+	__u32 left;
+};
+
+/* The most that sk_skb_adjust_room takes off at once, and often enough for the
+ * largest segment (BIG TCP, 512 KiB).
+ */
+#define CUT_BYTES 0xfffU
+#define CUT_STEPS 256
+
+static int cut_step(__u32 step, void *context)
+{
+	struct cut *cut = context;
+	__u32 bytes = cut->left < CUT_BYTES ? cut->left : CUT_BYTES;
+
+	if (!bytes || bpf_skb_adjust_room(cut->skb, -(__s32)bytes, 0, 0))
+		return 1;
+	cut->left -= bytes;
+	return 0;
+}
+
+/* Hold the segment against the source's sequence numbers, and cut off what was
+ * seen before: TCP queues a retransmission whole when only its tail is new
+ * (tcp_data_queue), and where recv() skips the head by copied_seq,
+ * tcp_read_skb does not. 6.18: 4 of 130 transfers of 256 MB had 65,483 or
+ * 130,966 bytes twice without this; it also lets a session be paired after
+ * half a segment was read.
+ *
+ * Returns the bytes that are new, or -1 when the segment does not follow (a
+ * gap, or no memory for the cut): never seen, and if it ever is, the session
+ * is reset.
+ */
+static __always_inline __s32 sequence(struct __sk_buff *skb, struct sock_slot *slot)
+{
+	__u32 seq = skb->cb[0]; /* TCP_SKB_CB(skb)->seq */
+	__s32 len = skb->len;
+	struct cut cut = { .skb = skb };
+	__s32 seen;
+
+	if (!slot->is_sequenced) {
+		struct bpf_sock *sk = skb->sk;
+		struct tcp_sock *source = sk ? bpf_skc_to_tcp_sock(sk) : NULL;
+
+		slot->next_seq = source ? source->copied_seq : seq;
+		slot->is_sequenced = 1;
+	}
+	seen = slot->next_seq - seq;
+	if (seen < 0)
+		return -1;
+	if (seen >= len)
+		return 0;
+	slot->next_seq = seq + len;
+	if (seen) {
+		cut.left = seen;
+		bpf_loop(CUT_STEPS, cut_step, &cut, 0);
+	}
+	return cut.left ? -1 : len - seen;
+}
+
 SEC("sk_skb/stream_verdict")
 int sock_stream_verdict(struct __sk_buff *skb)
 {
-	__u32 len = skb->len, index, reverse_index;
+	__u32 len, index, reverse_index;
 	struct sock_slot *slot, *reverse;
 	struct sock_pair *pair;
 	struct bpf_sock *target;
 	struct tcp_sock *tcp;
 	__u64 cookie, peer;
 	bool room;
+	__s32 new;
 
 	/* A bare FIN has no bytes to lose. The state change is already made
 	 * and userspace hears of it (EPOLLRDHUP); passed or redirected, it
 	 * would break the target's pipe (EPIPE) before the backlog is out.
 	 */
-	if (!len)
+	if (!skb->len)
 		return SK_DROP;
 
 	/* Not paired (any more): the bytes stay on this socket. Userspace,
@@ -166,6 +227,17 @@ int sock_stream_verdict(struct __sk_buff *skb)
 	reverse = bpf_map_lookup_elem(&sock_slots, &reverse_index);
 	if (!slot || !reverse)
 		return SK_PASS;
+
+	new = sequence(skb, slot);
+	/* Passed and marked: userspace finds the mark before it forwards. */
+	if (new < 0) {
+		slot->is_damaged = 1;
+		return pass(slot, pair, skb->len);
+	}
+	/* Every byte was seen before, and has gone where it had to go. */
+	if (!new)
+		return SK_DROP;
+	len = new;
 
 	/* Bytes before these are with userspace: these wait their turn there.
 	 *

@@ -23,7 +23,7 @@
  *
  * The counters are never reset: a slot goes on counting from one session to
  * the next, so that a sum over all slots only ever grows. Pairing sets
- * forwarded to passed and is_based to 0, while no verdict can run.
+ * forwarded to passed and the is_ words to 0, while no verdict can run.
  */
 struct sock_slot {
 	/* Written by the verdict, which the kernel serialises per source. */
@@ -33,7 +33,10 @@ struct sock_slot {
 	__u64 passed_segments;
 	__u32 base; /* the target's write_seq - redirected - forwarded */
 	__u32 is_based;
-	__u32 verdict_pad[6];
+	__u32 next_seq; /* of the source: what the verdict expects to see next */
+	__u32 is_sequenced;
+	__u32 is_damaged; /* the bytes passed last do not follow those before */
+	__u32 verdict_pad[3];
 
 	/* Written by userspace. */
 	__u64 forwarded; /* passed bytes that the target's TCP has taken */

@@ -8,9 +8,6 @@
 #ifndef SOCKGW_VMLINUX_H
 #define SOCKGW_VMLINUX_H
 
-typedef signed char __s8;
-typedef unsigned char __u8;
-typedef short __s16;
 typedef unsigned short __u16;
 typedef int __s32;
 typedef unsigned int __u32;
@@ -64,6 +61,10 @@ struct bpf_sock;
 
 struct __sk_buff {
 	__u32 len;
+	__u32 cb[5];
+	union {
+		struct bpf_sock *sk;
+	};
 };
 
 struct bpf_sock_ops {
@@ -82,6 +83,7 @@ struct sock {
 };
 
 struct tcp_sock {
+	__u32 copied_seq;
 	__u32 write_seq;
 };
 

@@ -26,6 +26,7 @@ from sockgw import __version__
 from sockgw._bpf import features
 from sockgw._bpf.features import Feature, Verdict
 from sockgw.errors import DatapathError
+from sockgw.gateway import sessions_allowed
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -196,7 +197,7 @@ def _text(report: Report) -> Iterator[str]:
     if files is None:
         yield row("open files", "unlimited", "and so are sessions")
     else:
-        yield row("open files", f"{files:,}", f"two for each session: {files // 2:,} sessions")
+        yield row("open files", f"{files:,}", f"two for each session: {sessions_allowed(files):,} sessions")
     yield ""
     for found in report.paths:
         works = "works" if found.works else "does not work"

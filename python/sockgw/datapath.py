@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import errno
 import mmap
+import socket
 import struct
 from collections import deque
 from dataclasses import dataclass
@@ -22,7 +23,6 @@ from sockgw._bpf._binding import ffi, lib
 from sockgw.errors import DatapathError
 
 if TYPE_CHECKING:
-    import socket
     from collections.abc import Callable
     from pathlib import Path
 
@@ -52,18 +52,38 @@ class Connection:
 
 
 class Slot:
-    """The words of one paired direction, counted in bytes since pairing.
+    """One paired direction: the verdict's words, and what TCP says of its sockets.
 
-    `redirected` and `passed` are the verdict's; `forward`, `hold` and
-    `release` are how userspace answers (KERNEL: one writer for each word).
+    All counts are bytes. `redirected` and `passed` count since pairing and are
+    the verdict's; `forward`, `hold` and `release` are how userspace answers.
     """
 
-    __slots__ = ("_passed_before", "_redirected_before", "_words")
+    __slots__ = (
+        "_is_dialled",
+        "_passed_before",
+        "_redirected_before",
+        "_source",
+        "_target",
+        "_words",
+    )
 
-    def __init__(self, words: Any) -> None:  # noqa: ANN401 - struct sock_slot *
-        """Start counting at the words' present values; no verdict may run yet."""
+    def __init__(
+        self,
+        words: Any,  # noqa: ANN401 - struct sock_slot *
+        source: socket.socket,
+        target: socket.socket,
+        *,
+        is_dialled: bool,
+    ) -> None:
+        """Start counting at the words' present values; no verdict may run yet.
+
+        `is_dialled`: the target is the side that we connected.
+        """
+        self._source = source
+        self._target = target
+        self._is_dialled = is_dialled
         words.forwarded = words.passed
-        words.is_based = 0
+        words.is_based = words.is_sequenced = words.is_damaged = 0
         words.hold = 0
         self._words = words
         self._redirected_before: int = words.redirected
@@ -84,6 +104,11 @@ class Slot:
         """Whether passed bytes have not all been forwarded."""
         return self._words.passed != self._words.forwarded  # type: ignore[no-any-return]
 
+    @property
+    def is_damaged(self) -> bool:
+        """Whether bytes were passed that do not follow those before them."""
+        return bool(self._words.is_damaged)
+
     def forward(self, count: int) -> None:
         """Count passed bytes as taken by the target's TCP; after send() only."""
         lib.sgw_forward(self._words, count)
@@ -99,6 +124,28 @@ class Slot:
         the caller's to copy, and the verdict goes on passing until they are.
         """
         return bool(lib.sgw_release(self._words))
+
+    def received(self) -> int:
+        """Return what the source's TCP has received, ever; a FIN counts as one.
+
+        In order, up to its receive queue. tcp_get_info() takes the socket's
+        lock: a segment that is being received counts whole or not at all.
+        """
+        return _tcp_counts(self._source)[0]
+
+    def taken(self) -> int:
+        """Return what was put into the target's write queue, ever.
+
+        Acknowledged or not. If it is too small, then an acknowledgement came
+        meanwhile; it is never too large.
+        """
+        # On the side that connects, and on that only, the SYN is counted as
+        # acknowledged (6.18, tcp_finish_connect).
+        return _tcp_counts(self._target)[1] - self._is_dialled
+
+    def kick(self) -> None:
+        """Run the verdict on what the source has queued."""
+        self._source.setsockopt(socket.SOL_SOCKET, socket.SO_RCVLOWAT, 1)
 
 
 class Pair:
@@ -213,9 +260,9 @@ class Datapath:
     ) -> Pair:
         """Hand both sockets to the kernel: it redirects from here on.
 
-        Both must be ESTABLISHED, and nothing may have been received from
-        either since the last time that it had nothing to give. `between`,
-        for tests, is called before each step with the step's name.
+        Both must be ESTABLISHED, and all that was received from either must
+        have been sent to the other. `between`, for tests, is called before
+        each step with the step's name.
 
         Raises `DatapathError` when the session has to stay on the relay, with
         the kernel's errno: EOPNOTSUPP (not ESTABLISHED any more), EBUSY (in a
@@ -224,8 +271,9 @@ class Datapath:
         """
         index = self._take_slots()
         first = index * lib.SOCK_SLOTS_PER_SESSION
-        to_backend = Slot(self._words + first + lib.SOCK_SLOT_TO_BACKEND)
-        to_client = Slot(self._words + first + lib.SOCK_SLOT_TO_CLIENT)
+        words = self._words + first
+        to_backend = Slot(words + lib.SOCK_SLOT_TO_BACKEND, client, backend, is_dialled=True)
+        to_client = Slot(words + lib.SOCK_SLOT_TO_CLIENT, backend, client, is_dialled=False)
         request = ffi.new(
             "struct sgw_pair *",
             {
@@ -341,18 +389,9 @@ class Datapath:
         return lib.SGW_STEPS, 0
 
 
-def tcp_counts(sock: socket.socket, *, dialled: bool) -> tuple[int, int]:
-    """Return what `sock`'s TCP has received and taken, in bytes, ever.
-
-    Received: in order, up to its receive queue; the peer's FIN counts as one.
-    Taken: put into its write queue by send() or by the kernel's redirect,
-    acknowledged or not; if it is too small, an acknowledgement came meanwhile.
-    `dialled`: our own SYN counts as one acknowledged byte (6.18: on the side
-    that connects only). Source: tcp_get_info(), which takes the socket's
-    lock: a segment that is being received counts whole or not at all.
-    """
+def _tcp_counts(sock: socket.socket) -> tuple[int, int]:
     counts = ffi.new("struct sgw_tcp *")
     number = -lib.sgw_tcp(sock.fileno(), counts)
     if number:
         raise DatapathError(number, "read", "TCP_INFO")
-    return counts.received, counts.taken - dialled
+    return counts.received, counts.taken

@@ -26,6 +26,8 @@ _STEPS: Final = 8
 _SPINS: Final = 4
 """Looks at a flush without a pause: a kworker needs some 20 us for a segment."""
 _RETRY_S: Final = 0.001
+"""The pause after those; each further one is as much longer, up to the limit."""
+_RETRY_MAX_S: Final = 0.05
 _KICK_AFTER: Final = 20
 """Looks after which the verdict is run again on what the source has queued."""
 
@@ -40,6 +42,9 @@ class Host(Protocol):
 
     def lost(self, way: Way, error: OSError) -> None:
         """Take note that a socket failed; `way` is the direction it sources."""
+
+    def damaged(self, way: Way) -> None:
+        """Take note that `way` cannot go on: bytes are missing or doubled."""
 
     def shut(self, way: Way) -> None:
         """Pass the FIN on: `way` has ended."""
@@ -177,7 +182,7 @@ class Direction:
             if self.state is State.ENDING:
                 if not splice.has_seen_all():
                     if self._looks > _KICK_AFTER:
-                        splice.kick()
+                        splice.slot.kick()
                     self._look_again()
                     return
                 if splice.unread > 0:
@@ -192,7 +197,8 @@ class Direction:
     def _look_again(self) -> None:
         if not self._is_looking:
             self._is_looking = True
-            self._host.later(0.0 if self._looks < _SPINS else _RETRY_S, self._looked)
+            pauses = max(0, self._looks - _SPINS)
+            self._host.later(min(pauses * _RETRY_S, _RETRY_MAX_S), self._looked)
 
     def _looked(self) -> None:
         self._is_looking = False
@@ -227,6 +233,9 @@ class Direction:
                 return
             if splice is not None:
                 self._copied_at_s = time.monotonic()
+                if splice.slot.is_damaged:
+                    self._host.damaged(self.way)
+                    return
                 # The verdict redirected between release() and this: what is
                 # held now comes behind it.
                 if splice.is_overtaken:

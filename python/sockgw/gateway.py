@@ -63,7 +63,13 @@ class Gateway:
         then.
         """
         config = self._config
-        self._max_sessions = config.max_connections or _sessions_allowed()
+        allowed = sessions_allowed(_raise_nofile())
+        self._max_sessions = min(config.max_connections or allowed, allowed)
+        if config.max_connections is not None and config.max_connections > allowed:
+            _log.warning(
+                "--max-connections %d: RLIMIT_NOFILE has room for %d sessions; raise it (ulimit -n)",
+                *(config.max_connections, allowed),
+            )
         try:
             self._start()
         except BaseException:
@@ -255,13 +261,18 @@ class Gateway:
             self._datapath = None
 
 
-def _sessions_allowed() -> int:
-    """Raise RLIMIT_NOFILE as far as it goes, and say what it allows."""
+def sessions_allowed(nofile: int) -> int:
+    """Return how many sessions an RLIMIT_NOFILE of `nofile` has room for."""
+    allowed = _MAX_SESSIONS if nofile == resource.RLIM_INFINITY else nofile
+    return max(1, min(_MAX_SESSIONS, (allowed - _FDS_RESERVED) // _FDS_PER_SESSION))
+
+
+def _raise_nofile() -> int:
+    """Raise RLIMIT_NOFILE as far as it goes, and return how far that was."""
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     if soft != hard:
         resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
-    allowed = _MAX_SESSIONS if hard == resource.RLIM_INFINITY else hard
-    return max(1, min(_MAX_SESSIONS, (allowed - _FDS_RESERVED) // _FDS_PER_SESSION))
+    return hard
 
 
 def _libbpf_version() -> str:

@@ -207,6 +207,15 @@ class Session:
         _log.debug("session %s: %s lost its source: %s", self.client_name, way.value, error)
         self._fail(End.CLIENT_RESET if way is Way.TO_BACKEND else End.BACKEND_RESET)
 
+    def damaged(self, way: Way) -> None:
+        """Take note that `way` cannot go on: bytes are missing or doubled."""
+        _log.error(
+            "session %s is reset: %s: a segment does not follow the one before it;"
+            " please report it with the kernel's version",
+            *(self.client_name, way.value),
+        )
+        self.close(End.ERROR)
+
     def shut(self, way: Way) -> None:
         """Pass the FIN on: `way` has ended."""
         if self._end is not None or self._directions is None:
@@ -297,7 +306,7 @@ class Session:
         if pair.refused is not None:
             self._refused(pair.refused)
         return {
-            direction.way: Splice(slot, direction.relay, direction.way, can_return=not pair.refused)
+            direction.way: Splice(slot, direction.relay, can_return=not pair.refused)
             for direction, slot in ((to_backend, pair.to_backend), (to_client, pair.to_client))
             if slot is not None
         }

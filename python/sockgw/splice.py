@@ -8,11 +8,7 @@ sockets; moves no byte and waits for nothing. The theory is in
 
 from __future__ import annotations
 
-import socket
 from typing import TYPE_CHECKING, Final
-
-from sockgw.datapath import tcp_counts
-from sockgw.session import Way
 
 if TYPE_CHECKING:
     from sockgw.datapath import Slot
@@ -35,7 +31,6 @@ class Splice:
     __slots__ = (
         "_flushed_at",
         "_is_lingering",
-        "_is_to_backend",
         "_relay",
         "_returned_at_s",
         "_taken_before",
@@ -43,9 +38,8 @@ class Splice:
         "slot",
     )
 
-    def __init__(self, slot: Slot, relay: Relay, way: Way, *, can_return: bool) -> None:
+    def __init__(self, slot: Slot, relay: Relay, *, can_return: bool) -> None:
         """Take over from `relay`, which holds nothing."""
-        self._is_to_backend = way is Way.TO_BACKEND
         self.slot = slot
         self.can_return = can_return
         self._relay = relay
@@ -71,9 +65,7 @@ class Splice:
 
     def outstanding(self) -> int:
         """Return the bytes redirected that the target's TCP has not yet taken."""
-        sent = self._relay.written + self.slot.redirected
-        _, taken = tcp_counts(self._relay.target, dialled=self._is_to_backend)
-        return max(0, sent - taken)
+        return max(0, self._relay.written + self.slot.redirected - self.slot.taken())
 
     def is_flushed(self) -> bool:
         """Look whether the target's TCP has taken all that was redirected.
@@ -82,21 +74,15 @@ class Splice:
         `redirected` must stand still.
         """
         redirected = self.slot.redirected
-        _, taken = tcp_counts(self._relay.target, dialled=self._is_to_backend)
-        if taken != self._relay.written + redirected:
+        if self.slot.taken() != self._relay.written + redirected:
             return False
         self._flushed_at = redirected
         return True
 
     def has_seen_all(self) -> bool:
         """Look whether every byte before the source's FIN met the verdict."""
-        received, _ = tcp_counts(self._relay.source, dialled=not self._is_to_backend)
         seen = self._taken_before + self.slot.redirected + self.slot.passed
-        return received - 1 == seen  # the FIN counts as one
-
-    def kick(self) -> None:
-        """Make the verdict run on what the source has queued."""
-        self._relay.source.setsockopt(socket.SOL_SOCKET, socket.SO_RCVLOWAT, 1)
+        return self.slot.received() - 1 == seen  # the FIN counts as one
 
     def spilled(self, now_s: float) -> None:
         """Hold the direction, and note whether it keeps spilling."""
