@@ -194,10 +194,9 @@ def _text(report: Report) -> Iterator[str]:
         yield row(feature.name, feature.verdict.value, feature.detail)
     yield row("bpffs", "not needed", report.bpffs or "not mounted")
     files = report.open_files
-    if files is None:
-        yield row("open files", "unlimited", "and so are sessions")
-    else:
-        yield row("open files", f"{files:,}", f"two for each session: {sessions_allowed(files):,} sessions")
+    limit = "unlimited" if files is None else f"{files:,}"
+    sessions = sessions_allowed(resource.RLIM_INFINITY if files is None else files)
+    yield row("open files", limit, f"two for each session: {sessions:,} sessions")
     yield ""
     for found in report.paths:
         works = "works" if found.works else "does not work"

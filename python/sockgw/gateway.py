@@ -67,7 +67,7 @@ class Gateway:
         self._max_sessions = min(config.max_connections or allowed, allowed)
         if config.max_connections is not None and config.max_connections > allowed:
             _log.warning(
-                "--max-connections %d: RLIMIT_NOFILE has room for %d sessions; raise it (ulimit -n)",
+                "--max-connections %d: RLIMIT_NOFILE allows %d sessions; raise it (ulimit -n)",
                 *(config.max_connections, allowed),
             )
         try:
