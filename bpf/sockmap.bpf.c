@@ -131,7 +131,10 @@ static __always_inline bool has_room(struct sock_slot *slot, struct tcp_sock *ta
 	if (outstanding < 0)
 		outstanding = 0;
 
-	need = (__s64)sk->sk_wmem_queued + 2 * ((__s64)outstanding + len);
+	/* Read behind write_seq: what the kworker queues meanwhile then counts
+	 * twice, and not never.
+	 */
+	need = (__s64)READ_ONCE(sk->sk_wmem_queued) + 2 * ((__s64)outstanding + len);
 	return need <= sk->sk_sndbuf;
 }
 

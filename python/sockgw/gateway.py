@@ -86,6 +86,8 @@ class Gateway:
 
     def _start(self) -> None:
         config = self._config
+        if config.cgroup is not None:  # wrong is wrong, whatever path it is for
+            features.find_cgroup2(config.cgroup)
         backends = Backends(config.backends)
         self._listener = listener = Listener(config.listen, self._max_sessions)
         self.address = listener.address
