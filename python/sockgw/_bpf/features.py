@@ -25,6 +25,7 @@ if TYPE_CHECKING:
 NOT_BUILT: Final = "not built in this version"
 BPF_OBJECT: Final = Path(__file__).with_name("sockmap.bpf.o")
 KERNEL_BTF: Final = Path("/sys/kernel/btf/vmlinux")
+_BTF_MAGIC: Final = b"\xeb\x9f"  # struct btf_header, in the kernel's byte order
 
 
 class Verdict(enum.Enum):
@@ -184,9 +185,11 @@ def btf() -> Feature:
     """Probe for the kernel's own type information, which CO-RE needs."""
     try:
         with KERNEL_BTF.open("rb") as file:
-            file.read(1)
+            magic = file.read(len(_BTF_MAGIC))
     except OSError as error:
         return _feature("btf", Verdict.UNSUPPORTED, f"{KERNEL_BTF}: {error.strerror}")
+    if magic not in (_BTF_MAGIC, _BTF_MAGIC[::-1]):
+        return _feature("btf", Verdict.UNSUPPORTED, f"{KERNEL_BTF} holds no BTF")
     return _feature("btf", Verdict.SUPPORTED, str(KERNEL_BTF))
 
 
