@@ -58,7 +58,7 @@ class Listener:
         self._lock = threading.Lock()
         self._pollers: list[select.epoll] = []
         self._sessions = 0
-        self._is_watched = False
+        self._is_paused = False
         self._is_open = True
 
     def listen(self) -> None:
@@ -69,8 +69,8 @@ class Listener:
         """Have `poller` told of connections, for as long as it lives."""
         with self._lock:
             self._pollers.append(poller)
-            self._is_watched = True
-            self._register(poller)
+            if self._is_open and not self._is_paused:
+                self._register(poller)
 
     def accept(self) -> tuple[socket.socket, Any] | None:
         """Accept one connection and count it as a session.
@@ -96,8 +96,8 @@ class Listener:
                     self._warn(error)
             raise
         if accepted is None:
-            with self._lock:
-                self._sessions -= 1
+            # Counted while it lasted, it may have made another worker pause.
+            self.leave()
         return accepted
 
     def leave(self) -> None:
@@ -134,15 +134,15 @@ class Listener:
         return sock, address
 
     def _pause(self) -> None:
-        if self._is_watched:
-            self._is_watched = False
+        if self._is_open and not self._is_paused:
+            self._is_paused = True
             for poller in self._pollers:
                 if not poller.closed:
                     poller.unregister(self.socket)
 
     def _resume(self) -> None:
-        if self._is_open and not self._is_watched and self._sessions < self._limit:
-            self._is_watched = True
+        if self._is_open and self._is_paused and self._sessions < self._limit:
+            self._is_paused = False
             for poller in self._pollers:
                 self._register(poller)
 
