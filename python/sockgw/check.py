@@ -38,10 +38,6 @@ _PATHS: Final = ("direct", "wire", "splice", "relay")
 _PROOF: Final = bytes(range(256)) * 64  # fits any send buffer: none of it is passed
 _PROOF_S: Final = 5.0
 
-_FORBIDDEN: Final = (
-    "the capabilities are there, so a seccomp filter or the kernel's lockdown forbids bpf(2): "
-    "allow it, or run outside of the container"
-)
 _DEFECT: Final = "sockgw's own proof failed here: please report it with this kernel's version"
 _NOT_FOLLOWED: Final = "without round-trip times and retransmits in the log"
 
@@ -112,8 +108,7 @@ def _verdict(path: str, probed: tuple[Feature, ...]) -> PathVerdict:
     try:
         refused = prove_splice(Path(cgroup2.detail) if has_cgroup else None)
     except DatapathError as error:
-        way_out = f"; {_FORBIDDEN}" if error.errno == errno.EPERM else ""
-        return PathVerdict(path, works=False, notes=(f"{error}{way_out}",))
+        return PathVerdict(path, works=False, notes=(str(error),))
     except OSError as error:
         return PathVerdict(path, works=False, notes=(f"{error.strerror or error}; {_DEFECT}",))
     lack = refused or ("" if has_cgroup else str(cgroup2))

@@ -14,6 +14,7 @@ import mmap
 import socket
 import struct
 from collections import deque
+from contextlib import ExitStack
 from dataclasses import dataclass
 from importlib.resources import as_file, files
 from typing import TYPE_CHECKING, Any
@@ -187,32 +188,33 @@ class Datapath:
     from that worker.
     """
 
-    def __init__(self, bpf_object: libbpf.Object, *, sessions: int, workers: int) -> None:
-        """Made by `load` only."""
-        self._object = bpf_object
+    def __init__(
+        self, bpf_object: libbpf.Object, resources: ExitStack, *, sessions: int, workers: int
+    ) -> None:
+        """Made by `load` only; what is opened here is put on `resources`."""
+        self._resources = resources
         self._pair_map = bpf_object.map("sock_pair_map")
         self._sock_map = bpf_object.map("sock_map")
         self._stats = bpf_object.map("sock_stats")
-        self._slots = mmap.mmap(
-            bpf_object.map("sock_slots").fd,
-            sessions * lib.SOCK_SLOTS_PER_SESSION * _SLOT_BYTES,
-        )
-        self._words = ffi.from_buffer("struct sock_slot[]", self._slots, require_writable=True)
+        slots = sessions * lib.SOCK_SLOTS_PER_SESSION
+        shared = mmap.mmap(bpf_object.map("sock_slots").fd, slots * _SLOT_BYTES)
+        resources.callback(shared.close)
+        self._words = ffi.from_buffer("struct sock_slot[]", shared, require_writable=True)
+        resources.callback(ffi.release, self._words)
+        self._sessions = sessions
         self._free = deque(range(sessions))
         self._used = 0
-        self._sessions = sessions
+        rings = bpf_object.map("spill_rings")
+        self._rings: list[libbpf.Ring] = []
+        for worker in range(workers):
+            ring = libbpf.Ring(slots * _SPILLS_PER_SLOT * _SPILL_RECORD_BYTES)
+            resources.callback(ring.close)
+            self._rings.append(ring)
+            rings.put(struct.pack("=I", worker), struct.pack("=I", ring.fd))
         self.follows = False
         """Whether the sockops program follows the sockets given to `follow`."""
         self.cgroup_error: DatapathError | None = None
         """Why it does not, when it was asked to."""
-        rings = bpf_object.map("spill_rings")
-        self._rings: list[libbpf.Ring] = []
-        for worker in range(workers):
-            ring = libbpf.Ring(
-                sessions * lib.SOCK_SLOTS_PER_SESSION * _SPILLS_PER_SLOT * _SPILL_RECORD_BYTES
-            )
-            self._rings.append(ring)
-            rings.put(struct.pack("=I", worker), struct.pack("=I", ring.fd))
 
     @classmethod
     def load(cls, *, sessions: int, workers: int, cgroup: Path | None) -> Datapath:
@@ -224,31 +226,25 @@ class Datapath:
 
         Raises `VerifierError` or `DatapathError`, and leaves nothing behind.
         """
-        with as_file(files("sockgw._bpf").joinpath("sockmap.bpf.o")) as path:
-            bpf_object = libbpf.Object(path)
-        try:
-            slots = sessions * lib.SOCK_SLOTS_PER_SESSION
+        with ExitStack() as resources:
+            with as_file(files("sockgw._bpf").joinpath("sockmap.bpf.o")) as path:
+                bpf_object = libbpf.Object(path)
+            resources.callback(bpf_object.close)
             for name in ("sock_pair_map", "sock_map", "sock_slots"):
-                bpf_object.resize(name, slots)
+                bpf_object.resize(name, sessions * lib.SOCK_SLOTS_PER_SESSION)
             if cgroup is None:
                 bpf_object.skip("sock_follow")
             bpf_object.load()
             bpf_object.attach_verdict("sock_stream_verdict", bpf_object.map("sock_map"))
-            datapath = cls(bpf_object, sessions=sessions, workers=workers)
-        except BaseException:
-            bpf_object.close()
-            raise
-        if cgroup is not None:
-            try:
-                bpf_object.attach_cgroup("sock_follow", cgroup)
-                datapath.follows = True
-            except (DatapathError, OSError) as error:
-                datapath.cgroup_error = (
-                    error
-                    if isinstance(error, DatapathError)
-                    else DatapathError(error.errno or 0, "open", str(cgroup))
-                )
-        return datapath
+            datapath = cls(bpf_object, resources, sessions=sessions, workers=workers)
+            if cgroup is not None:
+                try:
+                    bpf_object.attach_cgroup("sock_follow", cgroup)
+                    datapath.follows = True
+                except DatapathError as error:
+                    datapath.cgroup_error = error
+            datapath._resources = resources.pop_all()
+            return datapath
 
     def pair(
         self,
@@ -292,7 +288,8 @@ class Datapath:
         hint = "the peer has ended or reset the connection" if number == errno.EOPNOTSUPP else ""
         error = DatapathError(number, *_STEP_OBJECTS[step], hint)
         if step <= lib.SGW_STEP_SOCK_BACKEND:
-            self.unpair(pair)
+            lib.sgw_unpair(request, step)
+            self._free.append(index)
             raise error
         # The backend is in the map, and out of it only by its close: a
         # deletion would lose what it passed. It stays there, always passing.
@@ -309,7 +306,7 @@ class Datapath:
         Only close() takes a socket out of the map without losing bytes, and
         only then no verdict can run that would write to the freed slots.
         """
-        lib.sgw_unpair(pair._request)  # noqa: SLF001 - a record of this class
+        lib.sgw_unpair(pair._request, lib.SGW_STEPS)  # noqa: SLF001 - a record of this class
         self._free.append(pair._index)  # noqa: SLF001
 
     def follow(self, sock: socket.socket) -> None:
@@ -360,11 +357,7 @@ class Datapath:
 
     def close(self) -> None:
         """Detach and free everything; every pair must be unpaired."""
-        for ring in self._rings:
-            ring.close()
-        ffi.release(self._words)
-        self._slots.close()
-        self._object.close()
+        self._resources.close()
 
     def _take_slots(self) -> int:
         # First in, first out: a slot rests as long as it can before its reuse.

@@ -68,16 +68,16 @@ class VerifierError(DatapathError):
         self.log = log
 
     def __str__(self) -> str:
-        """Return the line of the log that tells, and how many it left out."""
-        lines = [line for line in self.log.splitlines() if line.strip()]
-        told = [
-            line
-            for line in lines
-            if not line.startswith(("processed ", "verification time", "stack depth", "--"))
-        ]
-        if not told:
+        """Return the line of the log that tells, and how many it left out.
+
+        The verifier's last word stands before its statistics; libbpf goes on
+        behind them.
+        """
+        lines = [line.strip() for line in self.log.splitlines() if line.strip()]
+        ends = [index for index, line in enumerate(lines) if line.startswith("processed ")]
+        if not ends or not ends[-1]:
             return super().__str__()
-        return f"{super().__str__()}: {told[-1].strip()} ({len(lines) - 1} lines omitted)"
+        return f"{super().__str__()}: {lines[ends[-1] - 1]} ({len(lines) - 1} lines omitted)"
 
 
 class DialError(SockgwError, OSError):

@@ -71,8 +71,10 @@ struct sgw_pair {
 int sgw_pair_step(struct sgw_pair *pair, enum sgw_step step);
 /* Run them all, up to one that fails: SGW_STEPS, or that step and *error. */
 int sgw_pair_all(struct sgw_pair *pair, int *error);
-/* Forget both cookies; to be called when both sockets are closed. */
-void sgw_unpair(const struct sgw_pair *pair);
+/* Take back what was put into sock_pair_map before step (SGW_STEPS: all of it);
+ * once a socket is in sock_map, not before both are closed.
+ */
+void sgw_unpair(const struct sgw_pair *pair, int step);
 
 /* Count n more passed bytes as taken by the target's TCP. */
 void sgw_forward(struct sock_slot *slot, uint64_t n);

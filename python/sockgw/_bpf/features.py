@@ -80,7 +80,8 @@ _LACKS: Final = {
     "capabilities": _Lack(
         "missing_capability",
         "run as root, or grant CAP_BPF, CAP_NET_ADMIN and CAP_PERFMON to the process (systemd: "
-        "AmbientCapabilities=; setcap has no effect on a script); the relay needs none",
+        "AmbientCapabilities=; setcap has no effect on a script); the relay needs none: "
+        "--accel off",
     ),
     "cgroup2": _Lack(
         "no_cgroup2",

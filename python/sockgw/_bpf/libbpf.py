@@ -14,6 +14,7 @@ import mmap
 import os
 from typing import TYPE_CHECKING, Any
 
+from sockgw._bpf import features
 from sockgw._bpf._binding import ffi, lib
 from sockgw.errors import DatapathError, VerifierError
 
@@ -21,7 +22,10 @@ if TYPE_CHECKING:
     from collections.abc import Iterator
     from pathlib import Path
 
-_LOST_RIGHTS = "a capability is missing (the relay needs none: --accel off)"
+_FORBIDDEN = (
+    "the capabilities are there, so a seccomp filter or the kernel's lockdown forbids bpf(2): "
+    "allow it, or run outside of the container (the relay needs none of it)"
+)
 _VERIFIER_SAID = b"processed "
 
 lib.sgw_log_capture()
@@ -43,7 +47,11 @@ def _check(result: Any, operation: str, target: str) -> Any:  # noqa: ANN401 - a
         return result
     else:
         number = ffi.errno
-    raise DatapathError(number, operation, target, _LOST_RIGHTS if number == errno.EPERM else "")
+    hint = ""
+    if number == errno.EPERM:
+        rights = features.capabilities()
+        hint = _FORBIDDEN if rights.verdict is features.Verdict.SUPPORTED else str(rights)
+    raise DatapathError(number, operation, target, hint)
 
 
 class Map:
@@ -168,7 +176,11 @@ class Object:
 
     def attach_cgroup(self, program: str, cgroup: Path) -> None:
         """Attach `program` to `cgroup` by a link, which dies with the process."""
-        fd = os.open(cgroup, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+        try:
+            fd = os.open(cgroup, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+        except OSError as error:
+            number = error.errno or 0
+            raise DatapathError(number, f"attach {program} to", str(cgroup)) from error
         try:
             link = _check(
                 lib.bpf_program__attach_cgroup(self._program(program), fd),

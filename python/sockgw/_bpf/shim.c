@@ -113,7 +113,9 @@ static int put_pair(const struct sgw_pair *pair, uint64_t source, uint64_t targe
 		.worker = pair->worker,
 	};
 
-	return bpf_map_update_elem(pair->pair_map, &source, &value, BPF_ANY);
+	int err = bpf_map_update_elem(pair->pair_map, &source, &value, BPF_NOEXIST);
+
+	return err == -EEXIST ? -EBUSY : err; /* as sock_map would say */
 }
 
 static int put_socket(const struct sgw_pair *pair, uint64_t cookie, int fd)
@@ -178,11 +180,12 @@ int sgw_pair_all(struct sgw_pair *pair, int *error)
 	return step;
 }
 
-void sgw_unpair(const struct sgw_pair *pair)
+void sgw_unpair(const struct sgw_pair *pair, int step)
 {
-	/* ENOENT: pairing had stopped before this entry was put. */
-	bpf_map_delete_elem(pair->pair_map, &pair->client_cookie);
-	bpf_map_delete_elem(pair->pair_map, &pair->backend_cookie);
+	if (step > SGW_STEP_PAIR_CLIENT)
+		bpf_map_delete_elem(pair->pair_map, &pair->client_cookie);
+	if (step > SGW_STEP_PAIR_BACKEND)
+		bpf_map_delete_elem(pair->pair_map, &pair->backend_cookie);
 }
 
 /* Release: the verdict that sees the new count sees the target's write_seq
