@@ -1,0 +1,213 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What the kernel says of a process, of TCP's memory and of its BPF objects.
+
+Read from /proc and bpftool only: nothing here asks the gateway.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import json
+import os
+import re
+import subprocess
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+PAGE_BYTES = os.sysconf("SC_PAGE_SIZE")
+_TICKS_PER_S = os.sysconf("SC_CLK_TCK")
+
+
+class Process:
+    """A process, seen through /proc."""
+
+    def __init__(self, pid: int) -> None:
+        """Look at process `pid`."""
+        self.pid = pid
+        self._proc = Path("/proc") / str(pid)
+
+    def fds(self) -> list[str]:
+        """Return what each open file descriptor refers to."""
+        targets = []
+        for entry in list((self._proc / "fd").iterdir()):
+            try:
+                targets.append(str(entry.readlink()))
+            except FileNotFoundError:
+                continue
+        return sorted(targets)
+
+    def tasks(self) -> list[Path]:
+        """Return the /proc directory of each thread."""
+        return list((self._proc / "task").iterdir())
+
+    def threads(self) -> int:
+        """Return the number of threads."""
+        return len(self.tasks())
+
+    def rss_bytes(self) -> int:
+        """Return the resident memory."""
+        return int((self._proc / "statm").read_text().split()[1]) * PAGE_BYTES
+
+    def cpu_s(self) -> float:
+        """Return the CPU time used so far, user and system."""
+        fields = (self._proc / "stat").read_text().rpartition(")")[2].split()
+        return (int(fields[11]) + int(fields[12])) / _TICKS_PER_S
+
+    def voluntary_switches(self) -> int:
+        """Return how often any of its threads went to sleep: one for each wakeup."""
+        total = 0
+        for task in self.tasks():
+            status = (task / "status").read_text()
+            found = re.search(r"^voluntary_ctxt_switches:\s+(\d+)$", status, re.MULTILINE)
+            assert found is not None
+            total += int(found[1])
+        return total
+
+    def bpf_ids(self) -> dict[str, set[int]]:
+        """Return the ids of the BPF programs, maps and links that it holds fds of."""
+        ids: dict[str, set[int]] = {"prog": set(), "map": set(), "link": set()}
+        for entry in list((self._proc / "fdinfo").iterdir()):
+            try:
+                text = entry.read_text()
+            except (FileNotFoundError, PermissionError):
+                continue
+            for kind, found in ids.items():
+                found.update(
+                    int(number)
+                    for number in re.findall(rf"^{kind}_id:\s*(\d+)$", text, re.MULTILINE)
+                )
+        return ids
+
+
+def bpftool(*args: str | int | Path) -> Any:
+    """Run bpftool and return its JSON answer."""
+    done = subprocess.run(
+        ["bpftool", "-j", *map(str, args)], capture_output=True, text=True, timeout=20, check=False
+    )
+    return json.loads(done.stdout.strip() or "null")
+
+
+def bpf_ids() -> dict[str, set[int]]:
+    """Return the ids of all BPF programs, maps and links; none for those who may not look."""
+    ids: dict[str, set[int]] = {}
+    for kind in ("prog", "map", "link"):
+        shown = bpftool(kind, "show") or []
+        ids[kind] = {found["id"] for found in shown if "id" in found}
+    return ids
+
+
+def bpf_owners(kind: str, number: int) -> list[int]:
+    """Return the processes that have the BPF object open."""
+    owners = []
+    for entry in Path("/proc").iterdir():
+        if entry.name.isdigit():
+            try:
+                held = Process(int(entry.name)).bpf_ids()
+            except (FileNotFoundError, ProcessLookupError, PermissionError):
+                continue
+            if number in held[kind]:
+                owners.append(int(entry.name))
+    return owners
+
+
+def orphaned_since(before: dict[str, set[int]]) -> dict[str, list[int]]:
+    """Return the BPF objects that were made since and that no process has open."""
+    return {
+        kind: orphans
+        for kind, now in bpf_ids().items()
+        if (orphans := [number for number in now - before[kind] if not bpf_owners(kind, number)])
+    }
+
+
+def cgroup_attachments() -> set[tuple[str, int]]:
+    """Return every (cgroup, program id) attached in the cgroup2 hierarchy."""
+    return {
+        (cgroup["cgroup"], program["id"])
+        for cgroup in bpftool("cgroup", "tree") or []
+        for program in cgroup["programs"]
+    }
+
+
+def unreclaimable_slab_bytes() -> int:
+    """Return what the kernel's allocators hold for small objects, in the whole machine."""
+    meminfo = Path("/proc/meminfo").read_text()
+    found = re.search(r"^SUnreclaim:\s+(\d+) kB$", meminfo, re.MULTILINE)
+    assert found is not None
+    return int(found[1]) * 1024
+
+
+def tcp_memory_bytes(*ports: int) -> int:
+    """Return what is charged to the TCP sockets of these ports, at either end.
+
+    Receive queue, send queue, socket backlog, options, and what was reserved
+    in advance: the whole of a buffer, not only the bytes in it.
+    """
+    expression = " or ".join(f"sport = :{port} or dport = :{port}" for port in ports)
+    done = subprocess.run(
+        ["ss", "-tnamH", *expression.split()],
+        capture_output=True,
+        text=True,
+        timeout=20,
+        check=True,
+    )
+    charged = re.findall(
+        r"skmem:\(r(\d+),rb\d+,t\d+,tb\d+,f(\d+),w(\d+),o(\d+),bl(\d+)", done.stdout
+    )
+    # What is reserved in advance is an int that ss prints unsigned; the kernel
+    # lets it go below zero for a moment.
+    return sum(ctypes.c_int32(int(number)).value for line in charged for number in line)
+
+
+@dataclass(frozen=True)
+class TcpSocket:
+    """One line of `ss`: a TCP socket of the machine."""
+
+    state: str
+    local: str
+    peer: str
+    cookie: int
+
+
+def tcp_sockets(*expression: str) -> list[TcpSocket]:
+    """Return the TCP sockets, in any state, that match an `ss` expression."""
+    done = subprocess.run(
+        ["ss", "-tnaeH", *expression], capture_output=True, text=True, timeout=20, check=True
+    )
+    found = []
+    for line in done.stdout.splitlines():
+        state, _, _, local, peer, *details = line.split()
+        cookie = next((int(word[3:], 16) for word in details if word.startswith("sk:")), 0)
+        found.append(TcpSocket(state, local, peer, cookie))
+    return found
+
+
+def is_listening(port: int) -> bool:
+    """Return whether anybody listens on `port`; asking makes no connection."""
+    return any(found.state == "LISTEN" for found in tcp_sockets("sport", "=", f":{port}"))
+
+
+def cgroup2_mounts() -> list[Path]:
+    """Return where cgroup2 is mounted."""
+    lines = Path("/proc/self/mounts").read_text().splitlines()
+    return [Path(line.split()[1]) for line in lines if line.split()[2] == "cgroup2"]
+
+
+def map_entries(number: int) -> int:
+    """Return how many entries a map has."""
+    return len(bpftool("map", "dump", "id", number) or [])
+
+
+def cookies_of(dump: list[dict[str, Any]]) -> set[int]:
+    """Return the keys of a `bpftool map dump` whose key is a socket cookie."""
+    keys = set()
+    for entry in dump:
+        plain = entry.get("formatted", entry).get("key", entry["key"])
+        if isinstance(plain, int):
+            keys.add(plain)
+        elif isinstance(plain, list):
+            raw = bytes(int(byte, 16) if isinstance(byte, str) else byte for byte in plain)
+            keys.add(int.from_bytes(raw, "little"))
+        else:
+            keys.update(value for value in plain.values() if isinstance(value, int))
+    return keys

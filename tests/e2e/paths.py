@@ -1,0 +1,32 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The paths that the suite runs on: the one list to extend when a path is built."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import pytest
+
+
+@dataclass(frozen=True)
+class PathUnderTest:
+    """One way to run the whole suite."""
+
+    accel: str  # the value of --accel
+    label: str  # the value of the `path` label in metrics and logs
+    in_kernel: bool  # whether the bytes pass by without our process
+
+
+# Every sentence of the suite holds on each of these. `wire` and `direct` join
+# here when they are built.
+PATHS = (
+    PathUnderTest(accel="off", label="relay", in_kernel=False),
+    PathUnderTest(accel="splice", label="splice", in_kernel=True),
+)
+# Named in the help, refused at start.
+UNBUILT_PATHS = ("wire", "direct")
+
+# For the sentences about bytes that pass by without our process.
+in_kernel = pytest.mark.parametrize(
+    "path", [path for path in PATHS if path.in_kernel], indirect=True, ids=lambda path: path.accel
+)
