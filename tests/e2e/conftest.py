@@ -21,6 +21,9 @@ if TYPE_CHECKING:
 
     from .network import NetworkNamespace
 
+# What the suite looks and acts with, whatever it tests; servers and strace are
+# installed when a test needs them.
+_TOOLS = {"bpftool": "bpftool", "ss": "iproute2", "setpriv": "util-linux"}
 _CAP_SYS_ADMIN = 1 << 21
 _CHECK_SPLICE_WORKS = 0
 _CHECK_RELAY_ONLY = 3
@@ -31,8 +34,9 @@ def _sockgw_is_installed() -> None:
     """Fail at once, and once, when there is nothing to test."""
     if not SOCKGW.exists():
         pytest.fail(f"{SOCKGW} does not exist; run `make` first", pytrace=False)
-    if shutil.which("bpftool") is None:
-        pytest.fail("bpftool is not installed (apt-get install bpftool)", pytrace=False)
+    for tool, package in _TOOLS.items():
+        if shutil.which(tool) is None:
+            pytest.fail(f"{tool} is not installed (apt-get install {package})", pytrace=False)
 
 
 @pytest.fixture(scope="session")

@@ -4,10 +4,12 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import logging
 import socket
 import threading
 import time
+from itertools import pairwise
 from pathlib import Path as FilePath
 from typing import TYPE_CHECKING, Any
 
@@ -17,6 +19,7 @@ from sockgw.config import Accel, Address, Config
 from sockgw.errors import ConfigError, UnsupportedKernelError
 from sockgw.gateway import Gateway
 from sockgw.lifetime import Session
+from sockgw.listener import RETRY_S, Listener
 from sockgw.metrics import ENDS, Tally
 from sockgw.session import End, Path
 
@@ -277,6 +280,27 @@ def test_limit_lets_clients_wait(start: Any, backend: Backend) -> None:
             first_server.close()
             with backend.accept() as second_server:
                 assert second_server.recv(100) == b"request"
+
+
+def test_no_descriptor_for_a_client(
+    start: Any, backend: Backend, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Without a descriptor a client waits, and the worker tries again, ten times a second."""
+    real = Listener._accept
+    tried_s: list[float] = []
+
+    def accept(listener: Listener) -> Any:
+        tried_s.append(time.monotonic())
+        if len(tried_s) < 4:
+            raise OSError(errno.EMFILE, "Too many open files")
+        return real(listener)
+
+    monkeypatch.setattr(Listener, "_accept", accept)
+    gateway = start(threads=1)
+    with connect(gateway) as client, backend.accept() as server:
+        exchange(client, server)
+    pauses_s = [after - before for before, after in pairwise(tried_s[:4])]
+    assert min(pauses_s) >= RETRY_S * 0.9
 
 
 def test_backend_that_refuses_resets_the_client(start: Any) -> None:
