@@ -82,11 +82,10 @@ struct {
  */
 static __always_inline int pass(struct sock_slot *slot, const struct sock_pair *pair, __u32 len)
 {
-	__u64 forwarded = READ_ONCE(slot->forwarded);
 	__u64 passed = __sync_fetch_and_add(&slot->passed, (__u64)len);
 
 	slot->passed_segments++;
-	if (passed == forwarded && !READ_ONCE(slot->hold)) {
+	if (passed == READ_ONCE(slot->forwarded) && !READ_ONCE(slot->hold)) {
 		struct sock_spill spill = { .slot = pair->slot };
 		__u32 worker = pair->worker;
 		void *ring = bpf_map_lookup_elem(&spill_rings, &worker);
@@ -114,16 +113,18 @@ static __always_inline bool is_passing(struct sock_slot *slot)
 static __always_inline bool has_room(struct sock_slot *slot, struct tcp_sock *target, __u32 len)
 {
 	struct sock *sk = (struct sock *)target;
-	__u32 sent = (__u32)slot->redirected + (__u32)READ_ONCE(slot->forwarded);
+	__u32 forwarded = READ_ONCE(slot->forwarded);
+	/* Adding nothing is a full barrier: what userspace counted as forwarded
+	 * is in the write_seq that is read below.
+	 */
+	__u32 sent = forwarded + (__u32)__sync_fetch_and_add(&slot->redirected, 0);
 	__s32 outstanding;
 	__s64 need;
 
 	/* The session's first redirect: nothing is outstanding, so write_seq
-	 * stands still and says where we start. The addition of nothing is a
-	 * full barrier: forwarded, read above, is not newer than write_seq.
+	 * stands still and says where we start.
 	 */
 	if (!slot->is_based) {
-		__sync_fetch_and_add(&slot->redirected, 0);
 		slot->base = READ_ONCE(target->write_seq) - sent;
 		slot->is_based = 1;
 	}
@@ -244,10 +245,11 @@ int sock_stream_verdict(struct __sk_buff *skb)
 
 	/* Bytes before these are with userspace: these wait their turn there.
 	 *
-	 * Or bytes of the reverse direction are: they lie on the target, in
-	 * the same queue that a redirect would join, and may stay there until
-	 * the other side reads. Behind them a redirected byte would wait for
-	 * what it is itself to bring about.
+	 * Or bytes of the reverse direction are. Those are passed on the target,
+	 * into the queue that a redirect would join, and while they wait in it
+	 * behind redirected ones they are charged to nobody: the target's window
+	 * stays open, and what it holds grows (6.18, both ends flooding: up to
+	 * 21 MiB in a 4 MiB buffer without this).
 	 */
 	if (is_passing(slot) || reverse->passed != READ_ONCE(reverse->forwarded))
 		return pass(slot, pair, len);

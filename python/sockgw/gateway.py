@@ -53,6 +53,8 @@ class Gateway:
         self._deadline: threading.Timer | None = None
         self._crash: BaseException | None = None
         self._lock = threading.Lock()  # guards the workers against orders after their end
+        # Guards the words that a scrape reads against their unmapping.
+        self._reading = threading.Lock()
         self._is_draining = False
 
     def start(self) -> None:
@@ -156,6 +158,10 @@ class Gateway:
 
     def snapshot(self) -> Snapshot:
         """Read every count, without stopping anybody."""
+        with self._reading:
+            return self._snapshot()
+
+    def _snapshot(self) -> Snapshot:
         tally = Tally.merge([self._tally, *(worker.tally for worker in self._workers)])
         active = {Path.SPLICE.value: 0, Path.RELAY.value: 0}
         held_bytes = 0
@@ -250,17 +256,17 @@ class Gateway:
         if self._metrics is not None:
             self._metrics.close()
             self._metrics = None
-        with self._lock:
+        with self._lock, self._reading:
             if self._deadline is not None:
                 self._deadline.cancel()
             if self._listener is not None:
                 self._listener.close()
             workers, self._workers = self._workers, []
+            datapath, self._datapath = self._datapath, None
         for worker in workers:
             worker.release()
-        if self._datapath is not None:
-            self._datapath.close()
-            self._datapath = None
+        if datapath is not None:
+            datapath.close()
 
 
 def sessions_allowed(nofile: int) -> int:

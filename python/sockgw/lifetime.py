@@ -21,7 +21,7 @@ from sockgw.backend import Dial
 from sockgw.config import format_sockaddr
 from sockgw.direction import Direction
 from sockgw.errors import DatapathError, DialError
-from sockgw.relay import Relay, bound
+from sockgw.relay import Relay, set_up
 from sockgw.session import End, Path, Way
 from sockgw.splice import Splice
 
@@ -298,9 +298,10 @@ class Session:
                 self.pair = pair = datapath.pair(client, backend, worker.index)
             except DatapathError as error:
                 self._refused(error)
+        if self.path is Path.RELAY:
+            set_up(client)
+            set_up(backend)
         if datapath is None or pair is None:
-            bound(client)
-            bound(backend)
             return {}
         worker.paired[datapath.key(pair)] = self
         if pair.refused is not None:

@@ -41,14 +41,19 @@ class Buffers:
             self._free.append(buffer)
 
 
-def bound(sock: socket.socket) -> None:
-    """Bound what `sock` may receive while its target is stalled.
+def set_up(sock: socket.socket) -> None:
+    """Make `sock` fit for the relay: all its bytes in the stream, and a bound.
+
+    An urgent byte stays in its place (SO_OOBINLINE), as it does on splice;
+    else recv() leaves it out. What the socket may receive while its target
+    is stalled is bounded.
 
     Left to the kernel, the receive buffer of a fast stream grows to
     tcp_rmem[2], which is 32 MiB on some hosts. Without CAP_NET_ADMIN the bound
     is set only where net.core.rmem_max allows it: a lower one would cost
     throughput over long distances.
     """
+    sock.setsockopt(socket.SOL_SOCKET, socket.SO_OOBINLINE, 1)
     try:
         sock.setsockopt(socket.SOL_SOCKET, _SO_RCVBUFFORCE, _RECEIVE_BYTES)
     except PermissionError:

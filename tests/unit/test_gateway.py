@@ -85,8 +85,8 @@ def open_fds() -> int:
     return len(list(FilePath("/proc/self/fd").iterdir()))
 
 
-def own_threads() -> list[str]:
-    return [thread.name for thread in threading.enumerate() if thread.name.startswith("sockgw")]
+def own_threads() -> set[threading.Thread]:
+    return {thread for thread in threading.enumerate() if thread.name.startswith("sockgw")}
 
 
 def connect(gateway: Gateway) -> socket.socket:
@@ -140,7 +140,7 @@ def test_session_through_the_gateway(start: Any, backend: Backend) -> None:
 
 def test_nothing_is_left_after_the_end(start: Any, backend: Backend) -> None:
     """A gateway that has ended leaves no descriptor and no thread."""
-    fds = open_fds()
+    fds, threads = open_fds(), own_threads()
     gateway = start(metrics=Address("127.0.0.1", 0))
     with connect(gateway) as client, backend.accept() as server:
         exchange(client, server)
@@ -148,7 +148,7 @@ def test_nothing_is_left_after_the_end(start: Any, backend: Backend) -> None:
         assert gateway.wait(DEADLINE_S)
         assert is_reset(client)
         assert is_reset(server)
-    eventually(lambda: not own_threads(), "the threads are gone")
+    eventually(lambda: own_threads() <= threads, "the threads are gone")
     assert open_fds() == fds
 
 
@@ -317,7 +317,7 @@ def test_backend_that_refuses_resets_the_client(start: Any) -> None:
 
 def test_start_that_fails_leaves_nothing(start: Any, backend: Backend) -> None:
     """Whatever is wrong, a start that fails gives back what it had."""
-    fds = open_fds()
+    fds, threads = open_fds(), own_threads()
     with socket.create_server(("127.0.0.1", 0)) as taken:
         address = Address(*taken.getsockname())
         for options, error in (
@@ -328,7 +328,7 @@ def test_start_that_fails_leaves_nothing(start: Any, backend: Backend) -> None:
         ):
             with pytest.raises(error):
                 start(**options)
-    eventually(lambda: not own_threads(), "the threads are gone")
+    eventually(lambda: own_threads() <= threads, "the threads are gone")
     assert open_fds() == fds
 
 

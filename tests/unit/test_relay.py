@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 import pytest
 
-from sockgw.relay import BUFFER_BYTES, Buffers, Relay, bound
+from sockgw.relay import BUFFER_BYTES, Buffers, Relay, set_up
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -137,5 +137,5 @@ def test_pool_keeps_only_a_few() -> None:
 def test_receive_buffer_is_bounded() -> None:
     """A bounded socket's receive buffer does not grow beyond 4 MiB by itself."""
     with socket.socket() as sock:
-        bound(sock)
+        set_up(sock)
         assert sock.getsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF) <= 4 << 20
