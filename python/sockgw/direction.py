@@ -30,6 +30,8 @@ _RETRY_S: Final = 0.001
 _RETRY_MAX_S: Final = 0.05
 _KICK_AFTER: Final = 20
 """Looks after which the verdict is run again on what the source has queued."""
+_WIDEN_S: Final = 1.0
+"""How often the source of a full target is looked at: what it holds can still grow."""
 
 
 class Host(Protocol):
@@ -60,6 +62,7 @@ class Direction:
         "_host",
         "_is_looking",
         "_is_looking_back",
+        "_is_widening",
         "_looks",
         "relay",
         "spills",
@@ -79,6 +82,7 @@ class Direction:
         self._has_seen_fin = False
         self._is_looking = False
         self._is_looking_back = False
+        self._is_widening = False
         self._looks = 0
         self._flush_began_s = 0.0
         self._copied_at_s = 0.0
@@ -219,6 +223,7 @@ class Direction:
         relay, splice = self.relay, self.splice
         for _ in range(_STEPS):
             if relay.is_holding and not self._send():
+                self._widen()
                 return
             try:
                 count = relay.receive()
@@ -258,8 +263,20 @@ class Direction:
                 self.splice.slot.forward(count)
         return not self.relay.is_holding
 
+    def _widen(self) -> None:
+        """Keep the source in order while the target is full, or has failed."""
+        if self.relay.is_holding and not self._is_widening:
+            self.relay.widen()
+            self._is_widening = True
+            self._host.later(_WIDEN_S, self._widened)
+
+    def _widened(self) -> None:
+        self._is_widening = False
+        self._widen()
+
     def _found_nothing(self) -> None:
         """Consider the way back: all that could be read is forwarded."""
+        self.relay.narrow()
         splice = self.splice
         if splice is None or not splice.can_return:
             return

@@ -9,13 +9,18 @@ from __future__ import annotations
 
 import functools
 import socket
+import struct
 from pathlib import Path
 from typing import Final
 
 BUFFER_BYTES: Final = 512 * 1024
 _RECEIVE_BYTES: Final = 2 << 20
 """SO_RCVBUF of a relayed socket; the kernel doubles it."""
+_WIDENINGS: Final = 4
+"""In one stall, by a quarter each: a peer that overruns its window on purpose gets no more."""
 _SO_RCVBUFFORCE: Final = 33
+_SO_MEMINFO: Final = 55
+_MEMINFO: Final = struct.Struct("=2I")  # SK_MEMINFO_RMEM_ALLOC, SK_MEMINFO_RCVBUF
 
 
 class Buffers:
@@ -61,6 +66,13 @@ def set_up(sock: socket.socket) -> None:
             sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, _RECEIVE_BYTES)
 
 
+def _set_receive_buffer(sock: socket.socket, size: int) -> None:
+    try:
+        sock.setsockopt(socket.SOL_SOCKET, _SO_RCVBUFFORCE, size)
+    except PermissionError:
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, size)
+
+
 @functools.cache
 def _rmem_max() -> int:
     return int(Path("/proc/sys/net/core/rmem_max").read_text(encoding="ascii"))
@@ -74,7 +86,16 @@ class Relay:
     between is held here.
     """
 
-    __slots__ = ("_buffer", "_buffers", "_pending", "source", "taken", "target", "written")
+    __slots__ = (
+        "_buffer",
+        "_buffers",
+        "_pending",
+        "_widenings",
+        "source",
+        "taken",
+        "target",
+        "written",
+    )
 
     def __init__(self, source: socket.socket, target: socket.socket, buffers: Buffers) -> None:
         """Copy from `source` to `target`, both non-blocking."""
@@ -85,6 +106,7 @@ class Relay:
         self._buffers = buffers
         self._buffer: memoryview | None = None
         self._pending: memoryview | None = None
+        self._widenings = 0
 
     @property
     def is_holding(self) -> bool:
@@ -132,6 +154,40 @@ class Relay:
         else:
             self._pending = pending[count:]
         return count
+
+    def widen(self) -> None:
+        """Keep the source's receive buffer above what it holds, while the target is full.
+
+        Above its limit (passed bytes are charged late, and are taken all the
+        same) TCP takes its window back and drops what the peer has already
+        sent into it. A Linux peer with less than one window unit of such bytes
+        then acknowledges outside of the window (tcp_acceptable_seq), so that
+        *our* bytes to it stay unacknowledged: the reverse direction moves one
+        window each time that the peer retransmits, while the peer may be
+        waiting for just those bytes before it reads.
+        """
+        held, limit = _MEMINFO.unpack(
+            self.source.getsockopt(socket.SOL_SOCKET, _SO_MEMINFO, _MEMINFO.size)
+        )
+        # Too little has been read since to open the window again: nothing
+        # below 1/16 of the buffer is announced.
+        is_nearly_over = held > limit - limit // 16
+        if self._widenings < _WIDENINGS and (
+            held > limit or (is_nearly_over and self._is_unanswered())
+        ):
+            self._widenings += 1
+            _set_receive_buffer(self.source, (held + held // 4) // 2)
+
+    def narrow(self) -> None:
+        """Undo `widen`: the source has been read empty."""
+        if self._widenings:
+            self._widenings = 0
+            _set_receive_buffer(self.source, _RECEIVE_BYTES)
+
+    def _is_unanswered(self) -> bool:
+        """Tell whether the source's TCP repeats what it has sent to its peer."""
+        info = self.source.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, 8)
+        return info[2] > 0  # tcpi_retransmits
 
     def drop(self) -> None:
         """Forget what is held and give its buffer back."""

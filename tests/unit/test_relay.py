@@ -139,3 +139,22 @@ def test_receive_buffer_is_bounded() -> None:
     with socket.socket() as sock:
         set_up(sock)
         assert sock.getsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF) <= 4 << 20
+
+
+def test_a_full_receive_buffer_is_widened_and_narrowed_again() -> None:
+    """A source that holds more than its limit gets a higher one, until it is read empty."""
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        client = socket.create_connection(listener.getsockname())
+        source, _ = listener.accept()
+    with client, source:
+        set_up(source)
+        limit = source.getsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF)
+        client.sendall(bytes(200_000))
+        assert source.recv(200_000, socket.MSG_PEEK | socket.MSG_WAITALL)
+        source.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 50_000)
+        low = source.getsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF)
+        relay = Relay(source, client, Buffers())
+        relay.widen()
+        assert source.getsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF) > max(low, 200_000)
+        relay.narrow()
+        assert source.getsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF) == limit
