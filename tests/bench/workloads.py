@@ -1,0 +1,365 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The loads: public tools (wrk, iperf3, sockperf), each before a backend of its own.
+
+A workload knows its tool's command line and output, and the server that
+belongs to the tool. It does not know what stands between the two: it is given
+an address. Each is bounded by its tool's own clock.
+"""
+
+from __future__ import annotations
+
+import abc
+import json
+import re
+import socket
+import string
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, ClassVar, Final
+
+from .processes import BenchError, Program, Programs, find, first_line, unused_port
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+CONFIGS = Path(__file__).parent / "configs"
+HOST = "127.0.0.1"
+BODY_BYTES: Final = 1024
+_MESSAGE_BYTES: Final = 64
+_MESSAGES_PER_S: Final = 10_000
+_SMALL_WRITE_BYTES: Final = 1400
+_STATUS_TIMEOUT_S = 5.0
+_SETTLE_S = 0.1
+# sockperf 3.7 sends a few messages, waits, measures for as long as it was
+# asked to, and leaves the first 0.4 s of that out. The wait was measured.
+_SOCKPERF_WAIT_S = 2.2
+_SOCKPERF_WARM_UP_S = 0.4
+
+
+@dataclass(frozen=True, slots=True)
+class Timing:
+    """How long a measurement takes, in whole seconds, because wrk wants those."""
+
+    warm_up_s: int
+    duration_s: int
+
+
+@dataclass(frozen=True, slots=True)
+class Found:
+    """What a tool found."""
+
+    throughput: float
+    """In the workload's unit."""
+    latency_us: dict[str, float]
+    """p50, p99, p99.9; empty for a bulk transfer."""
+    errors: int
+    detail: dict[str, Any]
+
+
+@dataclass(frozen=True, slots=True)
+class Server:
+    """A running backend."""
+
+    port: int
+    program: Program
+    status: Callable[[], tuple[int, int]] | None = None
+    """Returns its open connections and the requests it has served, if it counts them."""
+    open_connections: int = 0
+    """How many will be open, by `status`, when the load is in full swing."""
+
+
+class Workload(abc.ABC):
+    """A load that can be put on an address."""
+
+    name: str
+    """As in results and on the command line: `keepalive-100`."""
+    title: str
+    connections: int
+    unit: ClassVar[str]
+    operation: ClassVar[str]
+    """What CPU time is divided by: request, MB."""
+    operations_per_unit: ClassVar[float] = 1
+    """Operations a second for each `unit` of throughput."""
+    needs: ClassVar[tuple[str, ...]]
+    """Programs that it runs."""
+
+    @abc.abstractmethod
+    def start_server(self, programs: Programs, workers: int, nofile: int) -> Server:
+        """Start the tool's backend."""
+
+    @abc.abstractmethod
+    def load(self, address: str, timing: Timing) -> list[str]:
+        """Return the command of the load."""
+
+    @abc.abstractmethod
+    def lead_s(self, timing: Timing) -> float:
+        """Return how long after its start the load is in full swing."""
+
+    @abc.abstractmethod
+    def length_s(self, timing: Timing) -> float:
+        """Return how long after its start the load ends."""
+
+    @abc.abstractmethod
+    def parse(self, output: str) -> Found:
+        """Read the tool's output. Raises BenchError if it holds no result."""
+
+    def warm_up(self, address: str, timing: Timing) -> list[str] | None:
+        """Return the command of the warm-up; None where the load leaves out its own beginning."""
+        del address, timing
+        return None
+
+
+@dataclass(frozen=True)
+class Http(Workload):
+    """wrk in front of nginx: requests for 1 KiB."""
+
+    name: str
+    title: str
+    connections: int
+    keep_alive: bool = True
+
+    unit = "requests/s"
+    operation = "request"
+    needs = ("wrk", "nginx")
+
+    def start_server(self, programs: Programs, workers: int, nofile: int) -> Server:
+        """Start nginx with 1 KiB to give."""
+        port, status_port = unused_port(), unused_port()
+        path = fill(
+            programs.directory,
+            "backend.conf",
+            port=port,
+            status_port=status_port,
+            workers=workers,
+            nofile=nofile,
+            body="x" * BODY_BYTES,
+        )
+        program = programs.start(*nginx(path), listens_on=port)
+        open_connections = self.connections if self.keep_alive else 0
+        return Server(port, program, lambda: _stub_status(status_port), open_connections)
+
+    def warm_up(self, address: str, timing: Timing) -> list[str] | None:
+        """Return the same load, for less time."""
+        return self._command(address, timing.warm_up_s) if timing.warm_up_s else None
+
+    def load(self, address: str, timing: Timing) -> list[str]:
+        """Return wrk's command line."""
+        return self._command(address, timing.duration_s)
+
+    def lead_s(self, _timing: Timing) -> float:
+        """Return next to nothing: the harness sees the connections open, at the backend."""
+        return _SETTLE_S
+
+    def length_s(self, timing: Timing) -> float:
+        """Return wrk's own time, which begins when it does."""
+        return timing.duration_s
+
+    def parse(self, output: str) -> Found:
+        """Read the line that configs/wrk.lua writes."""
+        match = re.search(r"^JSON (.*)$", output, re.MULTILINE)
+        if not match:
+            raise BenchError("wrk: no result in its output")
+        said = json.loads(match[1])
+        errors = ("connect_errors", "read_errors", "write_errors", "timeouts", "bad_status")
+        return Found(
+            throughput=said["requests"] / said["seconds"],
+            latency_us={
+                "p50": said["p50_us"],
+                "p99": said["p99_us"],
+                "p99.9": said["p999_us"],
+            },
+            errors=sum(said[name] for name in errors),
+            detail=said,
+        )
+
+    def _command(self, address: str, duration_s: int) -> list[str]:
+        threads = 1 if self.connections == 1 else 2
+        close = [] if self.keep_alive else ["-H", "Connection: close"]
+        return [
+            *("wrk", "-t", str(threads), "-c", str(self.connections), "-d", f"{duration_s}s"),
+            # Answers that take longer are counted as errors.
+            *("--timeout", "10s"),
+            *("-s", str(CONFIGS / "wrk.lua"), *close, f"http://{address}/"),
+        ]
+
+
+@dataclass(frozen=True)
+class Bulk(Workload):
+    """iperf3: as much as fits through."""
+
+    name: str
+    title: str
+    connections: int
+    reverse: bool = False
+    write_bytes: int = 0
+
+    unit = "Gbit/s"
+    operation = "MB"
+    operations_per_unit = 1000 / 8
+    needs = ("iperf3",)
+
+    def start_server(self, programs: Programs, workers: int, nofile: int) -> Server:
+        """Start an iperf3 server, which has one thread."""
+        port = unused_port()
+        program = programs.start("iperf3", "-s", "-B", HOST, "-p", str(port), listens_on=port)
+        return Server(port, program)
+
+    def load(self, address: str, timing: Timing) -> list[str]:
+        """Return iperf3's command line."""
+        host, _, port = address.rpartition(":")
+        options = ["-R"] if self.reverse else []
+        if self.write_bytes:
+            options += ["-l", str(self.write_bytes)]
+        return [
+            *("iperf3", "-c", host, "-p", port, "-J", "-P", str(self.connections)),
+            *("-O", str(timing.warm_up_s), "-t", str(timing.duration_s), *options),
+        ]
+
+    def lead_s(self, timing: Timing) -> float:
+        """Return the time that iperf3 leaves out."""
+        return timing.warm_up_s + _SETTLE_S
+
+    def length_s(self, timing: Timing) -> float:
+        """Return iperf3's time, the warm-up included."""
+        return timing.warm_up_s + timing.duration_s
+
+    def parse(self, output: str) -> Found:
+        """Read what the receiver got, not what the sender wrote."""
+        said = json.loads(output)
+        if "error" in said:
+            raise BenchError(f"iperf3: {said['error']}")
+        end = said["end"]
+        return Found(
+            throughput=end["sum_received"]["bits_per_second"] / 1e9,
+            latency_us={},
+            errors=0,
+            detail={
+                "sent_bits_per_second": end["sum_sent"]["bits_per_second"],
+                "retransmits": end["sum_sent"].get("retransmits"),
+                "each_bits_per_second": [
+                    stream["receiver"]["bits_per_second"] for stream in end["streams"]
+                ],
+            },
+        )
+
+
+@dataclass(frozen=True)
+class Messages(Workload):
+    """sockperf: round trips of small messages over one connection."""
+
+    name: str
+    title: str
+    under_load: bool = False
+    connections: int = 1
+
+    unit = "messages/s"
+    operation = "message"
+    needs = ("sockperf",)
+
+    def start_server(self, programs: Programs, workers: int, nofile: int) -> Server:
+        """Start a sockperf server, which has one thread."""
+        port = unused_port()
+        program = programs.start(
+            *("sockperf", "server", "--tcp", "-i", HOST, "-p", str(port)), listens_on=port
+        )
+        return Server(port, program)
+
+    def load(self, address: str, timing: Timing) -> list[str]:
+        """Return sockperf's command line."""
+        host, _, port = address.rpartition(":")
+        mode = ["ping-pong"]
+        if self.under_load:
+            mode = ["under-load", "--mps", str(_MESSAGES_PER_S), "--reply-every", "1"]
+        return [
+            *("sockperf", *mode, "--tcp", "-i", host, "-p", port, "-m", str(_MESSAGE_BYTES)),
+            *("-t", str(timing.warm_up_s + timing.duration_s), "--full-rtt"),
+        ]
+
+    def lead_s(self, timing: Timing) -> float:
+        """Return the time by which its own warm-up is over."""
+        del timing
+        return _SOCKPERF_WAIT_S + _SOCKPERF_WARM_UP_S + _SETTLE_S
+
+    def length_s(self, timing: Timing) -> float:
+        """Return sockperf's time, and its wait."""
+        return _SOCKPERF_WAIT_S + timing.warm_up_s + timing.duration_s
+
+    def parse(self, output: str) -> Found:
+        """Read the statistics of the valid duration."""
+        valid = re.search(
+            r"\[Valid Duration\] RunTime=([\d.]+) sec;.*ReceivedMessages=(\d+)", output
+        )
+        lost = re.search(
+            r"dropped messages = (\d+); # duplicated messages = (\d+);"
+            r" # out-of-order messages = (\d+)",
+            output,
+        )
+        percentiles = dict(re.findall(r"percentile ([\d.]+) =\s*([\d.]+)", output))
+        if not valid or not lost or not percentiles:
+            raise BenchError("sockperf: no result in its output")
+        names = {"p50": "50.000", "p99": "99.000", "p99.9": "99.900"}
+        return Found(
+            throughput=int(valid[2]) / float(valid[1]),
+            latency_us={name: float(percentiles[key]) for name, key in names.items()},
+            errors=sum(map(int, lost.groups())),
+            detail={"percentiles_us": {key: float(value) for key, value in percentiles.items()}},
+        )
+
+
+WORKLOADS: Final[tuple[Workload, ...]] = (
+    Http("keepalive-1", "1 KiB keep-alive requests, 1 connection", 1),
+    Http("keepalive-100", "1 KiB keep-alive requests, 100 connections", 100),
+    Http("keepalive-1000", "1 KiB keep-alive requests, 1,000 connections", 1000),
+    Http("keepalive-10000", "1 KiB keep-alive requests, 10,000 connections", 10_000),
+    Http(
+        *("new-connections", "a new connection for each request, 100 at once", 100),
+        keep_alive=False,
+    ),
+    Bulk("bulk-1", "one bulk stream to the backend", 1),
+    Bulk("bulk-1-back", "one bulk stream to the client", 1, reverse=True),
+    Bulk("bulk-8", "eight bulk streams to the backend", 8),
+    Bulk("bulk-8-back", "eight bulk streams to the client", 8, reverse=True),
+    Bulk("small-writes", "one stream of 1400-byte writes", 1, write_bytes=_SMALL_WRITE_BYTES),
+    Messages("ping-pong", f"{_MESSAGE_BYTES}-byte messages, one at a time"),
+    Messages(
+        *("under-load", f"{_MESSAGE_BYTES}-byte messages, {_MESSAGES_PER_S:,} a second"),
+        under_load=True,
+    ),
+)
+
+
+def fill(directory: Path, name: str, **values: object) -> Path:
+    """Write the configuration `configs/NAME`, its $names filled in, and return where."""
+    template = string.Template((CONFIGS / name).read_text())
+    path = directory / name
+    path.write_text(template.substitute(values, directory=directory))
+    return path
+
+
+def nginx(path: Path) -> list[str]:
+    """Return the command that runs nginx with the configuration `path`."""
+    return [find("nginx"), "-e", "stderr", "-p", str(path.parent), "-c", str(path)]
+
+
+def tool_versions() -> dict[str, str]:
+    """Return what the load tools say of themselves."""
+    asks = {
+        "wrk": ("wrk", "-v"),
+        "iperf3": ("iperf3", "--version"),
+        "sockperf": ("sockperf", "--version"),
+        "nginx": ("nginx", "-v"),
+    }
+    return {name: first_line(find(command), option) for name, (command, option) in asks.items()}
+
+
+def _stub_status(port: int) -> tuple[int, int]:
+    """Return nginx's open connections and requests so far, without the asking itself."""
+    with socket.create_connection((HOST, port), timeout=_STATUS_TIMEOUT_S) as sock:
+        sock.sendall(b"GET / HTTP/1.0\r\n\r\n")
+        answer = b""
+        while part := sock.recv(4096):
+            answer += part
+    active, _accepts, _handled, requests, *_rest = re.findall(
+        rb"\d+", answer.partition(b"\r\n\r\n")[2]
+    )
+    return int(active) - 1, int(requests)
