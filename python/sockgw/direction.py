@@ -11,7 +11,7 @@ from __future__ import annotations
 import time
 from typing import TYPE_CHECKING, Final, Protocol
 
-from sockgw.session import TABLE, Action, Event, Path, State, Way
+from sockgw.session import TABLE, Action, Event, Path, State
 from sockgw.splice import LINGER_S
 
 if TYPE_CHECKING:
@@ -19,6 +19,7 @@ if TYPE_CHECKING:
 
     from sockgw.metrics import Tally
     from sockgw.relay import Relay
+    from sockgw.session import Way
     from sockgw.splice import Splice
 
 _STEPS: Final = 8
@@ -254,8 +255,7 @@ class Direction:
         try:
             count = self.relay.send()
         except OSError as error:
-            other = Way.TO_CLIENT if self.way is Way.TO_BACKEND else Way.TO_BACKEND
-            self._host.lost(other, error)
+            self._host.lost(self.way.reverse, error)
             return False
         if count:
             self._host.tally.bytes[self.way.value, "relay"] += count

@@ -225,7 +225,7 @@ class Session:
         try:
             target.shutdown(socket.SHUT_WR)
         except OSError as error:  # ENOTCONN: it was reset just now
-            self.lost(Way.TO_CLIENT if way is Way.TO_BACKEND else Way.TO_BACKEND, error)
+            self.lost(way.reverse, error)
             return
         if to_backend.is_ended and to_client.is_ended:
             self.close(End.EOF)

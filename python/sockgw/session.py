@@ -69,6 +69,11 @@ class Way(enum.Enum):
     TO_BACKEND = "to_backend"
     TO_CLIENT = "to_client"
 
+    @property
+    def reverse(self) -> Way:
+        """The other one: its source is this one's target."""
+        return Way.TO_CLIENT if self is Way.TO_BACKEND else Way.TO_BACKEND
+
 
 class End(enum.Enum):
     """How a session ended."""
