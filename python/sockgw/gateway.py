@@ -12,6 +12,7 @@ import logging
 import resource
 import threading
 import time
+from collections import Counter
 from typing import TYPE_CHECKING, Final
 
 from sockgw import _bpf
@@ -163,16 +164,10 @@ class Gateway:
 
     def _snapshot(self) -> Snapshot:
         tally = Tally.merge([self._tally, *(worker.tally for worker in self._workers)])
-        active = {Path.SPLICE.value: 0, Path.RELAY.value: 0}
-        held_bytes = 0
+        active: Counter[str] = Counter()
         for worker in self._workers:
-            # list() copies in one step, while the worker goes on.
-            for session in list(worker.sessions):
-                active[session.path.value] += 1
-                try:
-                    held_bytes += session.held_by_kernel()
-                except OSError:  # EBADF: closed meanwhile, and holds nothing
-                    continue
+            active.update(worker.active)
+        held_bytes = sum(worker.held_by_kernel() for worker in self._workers)
         active_pairs = 0
         if self._datapath is not None:
             active_pairs = self._datapath.active_pairs
@@ -239,7 +234,7 @@ class Gateway:
         _log.warning("%s", message)
 
     def _active(self) -> int:
-        return sum(len(worker.sessions) for worker in self._workers)
+        return sum(sum(worker.active.values()) for worker in self._workers)
 
     def _reset_all(self, end: End) -> None:
         with self._lock:

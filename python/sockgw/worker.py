@@ -17,7 +17,7 @@ import select
 import socket
 import threading
 import time
-from collections import deque
+from collections import Counter, deque
 from contextlib import suppress
 from functools import partial
 from typing import TYPE_CHECKING, Final
@@ -110,6 +110,22 @@ class Worker:
     def release(self) -> None:
         """Free what other threads use to reach this one, which has ended."""
         os.close(self._bell)
+
+    @property
+    def active(self) -> dict[str, int]:
+        """Open sessions by the path that they are on."""
+        # list() copies in one step, while the worker goes on.
+        return Counter(session.path.value for session in list(self.sessions))
+
+    def held_by_kernel(self) -> int:
+        """Return the bytes redirected that the targets' TCP has not yet taken."""
+        held_bytes = 0
+        for session in list(self.sessions):
+            try:
+                held_bytes += session.held_by_kernel()
+            except OSError:  # EBADF: closed meanwhile, and holds nothing
+                continue
+        return held_bytes
 
     def order(self, callback: Callable[[], None]) -> None:
         """Have the worker's own thread call `callback`."""
