@@ -272,6 +272,7 @@ _NUMBERS: Final = frozenset({int, float})
 _JSON: Final = json.JSONEncoder(default=str)
 
 
+@lru_cache(maxsize=4)  # a batch has one time
 def _time(when_s: float) -> str:
     """Return ``2026-11-22T12:00:00.123Z``, rounded as `datetime` does: to the us, then down."""
     fraction, second_s = math.modf(when_s)
