@@ -21,7 +21,9 @@ if TYPE_CHECKING:
     from .results import Measurement, Results
     from .workloads import Workload
 
-_KEEPALIVE: Final = tuple(one for one in WORKLOADS if isinstance(one, Http) and one.keep_alive)
+_KEEPALIVE: Final = tuple(
+    one for one in WORKLOADS if isinstance(one, Http) and one.keep_alive and not one.idle
+)
 _PLOTS: Final[dict[str, tuple[str, bool, Callable[[Measurement], float]]]] = {
     "throughput": ("requests/s", False, lambda one: one.throughput),
     "p99": ("p99, µs", True, lambda one: one.latency_us["p99"]),
