@@ -278,7 +278,7 @@ class Sockgw(Opponent):
             *(_sockgw(), "run", "--listen", f"{HOST}:0", "--backend", f"{HOST}:{backend_port}"),
             *("--accel", self.accel, "--metrics", f"{HOST}:0", *workers),
         )
-        ready = re.compile(r"listening on (\S+), .*path (\w+), metrics (\S+)")
+        ready = re.compile(r"listening on (\S+), .*path (\w+), metrics ([^\s,]+)")
 
         def said() -> re.Match[str] | None:
             return ready.search(program.stderr_path.read_text(errors="replace"))

@@ -125,9 +125,7 @@ class Run:
         if reason is None:
             timing = self._plan.timing
             if workload.connections >= _LONG_FROM:
-                timing = Timing(
-                    timing.warm_up_s * _LONG_FACTOR, timing.duration_s * _LONG_FACTOR
-                )
+                timing = Timing(timing.warm_up_s * _LONG_FACTOR, timing.duration_s * _LONG_FACTOR)
             try:
                 self.results.measurements.append(
                     measure(workload, opponent, setting, timing, number)

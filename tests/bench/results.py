@@ -132,9 +132,11 @@ class Results:
             self.omissions.append(omission)
 
     def dump(self, path: Path) -> None:
-        """Write it as JSON."""
-        text = json.dumps({"schema": SCHEMA, **dataclasses.asdict(self)}, indent=1)
-        path.write_text(text + "\n")
+        """Write it as JSON, a line for each measurement."""
+        said = {"schema": SCHEMA, **dataclasses.asdict(self)}
+        rows = ",\n".join(json.dumps(_rounded(one)) for one in said.pop("measurements"))
+        head = json.dumps(said, indent=1).removesuffix("\n}")
+        path.write_text(f'{head},\n "measurements": [\n{rows}\n ]\n}}\n')
 
     @classmethod
     def load(cls, path: Path) -> Results:
@@ -147,6 +149,15 @@ class Results:
         ]
         said["omissions"] = [Omission(**one) for one in said["omissions"]]
         return cls(**said)
+
+
+def _rounded(value: object) -> object:
+    """Return JSON's `value` without the digits that mean nothing: below a microsecond."""
+    if isinstance(value, dict):
+        return {name: _rounded(one) for name, one in value.items()}
+    if isinstance(value, list):
+        return [_rounded(one) for one in value]
+    return round(value, 6) if isinstance(value, float) else value
 
 
 @dataclass(frozen=True, slots=True)
