@@ -36,6 +36,7 @@ _NOTES: Final = Path(__file__).parent / "notes.md"
 _MIB: Final = 1 << 20
 _NOISE: Final = 0.05
 """Share of the machine that, taken by others, makes a figure doubtful."""
+_MANY_SESSIONS: Final = 1000
 _TITLES: Final = {one.name: one.title for one in OPPONENTS}
 _WORKLOADS: Final = {one.name: one for one in WORKLOADS}
 
@@ -366,7 +367,25 @@ def _workload_section(results: Results, workload: Workload) -> str:
     heading = workload.title[0].upper() + workload.title[1:]
     header = f"| {' | '.join(cells)} |"
     rule = "|---" + "|---:" * (len(cells) - 1) + "|"
-    return "\n".join((f"### {heading}", "", header, rule, *rows, ""))
+    return "\n".join(
+        (f"### {heading}", "", header, rule, *rows, "", *_relayed_lines(results, workload))
+    )
+
+
+def _relayed_lines(results: Results, workload: Workload) -> list[str]:
+    """Say how few of splice's sessions were spliced, if so and they are many."""
+    counted = [one.sessions() for one in results.of(workload.name, "sockgw-splice")]
+    spliced = sum(one.get("splice", 0) for one in counted)
+    sessions = sum(sum(one.values()) for one in counted)
+    if sessions < _MANY_SESSIONS or spliced >= 0.99 * sessions:
+        return []
+    return [
+        (
+            f"With splice, {spliced / sessions:.0%} of all {sessions:,.0f} sessions (warm-up"
+            " included) were spliced; the others were relayed."
+        ),
+        "",
+    ]
 
 
 def _row(

@@ -9,6 +9,7 @@ import os
 import platform
 import re
 import statistics
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -76,6 +77,15 @@ class Measurement:
     def machine_switches(self) -> float:
         """Context switches of the whole machine for one operation."""
         return self.spent.machine_switches / self.operations
+
+    def sessions(self) -> Counter[str]:
+        """Return how many sessions took each path, by sockgw's own count."""
+        counted: Counter[str] = Counter()
+        for name, value in self.facts.items():
+            path = re.match(r'gateway_sessions_total\{.*\bpath="(\w+)"', name)
+            if path:
+                counted[path[1]] += int(value)
+        return counted
 
     @property
     def other_load(self) -> float:
