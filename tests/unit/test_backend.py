@@ -3,11 +3,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import os
 import resource
 import select
 import socket
+import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -65,8 +68,25 @@ def listening() -> int:
 def test_sessions_take_turns() -> None:
     """Each session begins with the backend after that of the one before."""
     backends = Backends(addresses("127.0.0.1:1", "127.0.0.1:2", "127.0.0.1:3"))
-    orders = [ports(backends.order()) for _ in range(4)]
+    orders = [ports(backends.order(backends.next_turn())) for _ in range(4)]
     assert orders == [[1, 2, 3], [2, 3, 1], [3, 1, 2], [1, 2, 3]]
+
+
+def test_first_target_of_each_turn() -> None:
+    """What a session tries first is known by its turn alone."""
+    backends = Backends(addresses("127.0.0.1:1", "[::1]:2", "127.0.0.1:3"))
+    assert ports(iter(backends.firsts)) == [1, 2, 3]
+    for turn in range(7):
+        assert backends.first(turn) == next(backends.order(turn)) == backends.firsts[turn % 3]
+
+
+def test_turn_is_taken_once() -> None:
+    """Threads that take turns at the same time never take the same one."""
+    backends = Backends(addresses("127.0.0.1:1"))
+    with ThreadPoolExecutor(8) as pool:
+        turns = list(pool.map(lambda _: backends.next_turn(), range(2000)))
+    assert sorted(turns) == list(range(2000))
+    assert int.from_bytes(backends.turns[:], sys.byteorder) == 2000
 
 
 def test_name_with_several_addresses_is_all_of_them(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -77,7 +97,7 @@ def test_name_with_several_addresses_is_all_of_them(monkeypatch: pytest.MonkeyPa
 
     monkeypatch.setattr(Address, "resolve", resolve)
     backends = Backends(addresses("both:1", "more:2"))
-    assert [sockaddr for _, sockaddr in backends.order()] == [
+    assert [sockaddr for _, sockaddr in backends.order(0)] == [
         ("10.0.0.1", 1),
         ("10.0.0.2", 1),
         ("10.0.0.1", 2),
@@ -100,7 +120,7 @@ def test_dial_that_succeeds(listening: int) -> None:
             sock.getpeername()
         prepared.append(sock)
 
-    dial = Dial(Backends(addresses(f"127.0.0.1:{listening}")).order())
+    dial = Dial(Backends(addresses(f"127.0.0.1:{listening}")).order(0))
     sock = dial.begin(prepare)
     assert sock is dial.socket
     with sock:
@@ -115,7 +135,7 @@ def test_dial_that_succeeds(listening: int) -> None:
 def test_dial_goes_on_to_the_next_backend(refusing: int, listening: int) -> None:
     """A backend that refuses is named in the error, and the next one is tried."""
     names = [f"127.0.0.1:{port}" for port in (refusing, listening)]
-    dial = Dial(Backends(addresses(*names)).order())
+    dial = Dial(Backends(addresses(*names)).order(0))
     sock = dial.begin(nothing)
     with sock, pytest.raises(DialError) as caught:
         decided(dial, sock)
@@ -126,9 +146,27 @@ def test_dial_goes_on_to_the_next_backend(refusing: int, listening: int) -> None
         assert dial.target == names[1]
 
 
+def test_dial_that_was_begun_elsewhere(refusing: int, listening: int) -> None:
+    """A dial of the first target that somebody else began is decided here, and goes on from it."""
+    names = [f"127.0.0.1:{port}" for port in (refusing, listening)]
+    dial = Dial(Backends(addresses(*names)).order(0))
+    with socket.socket() as begun:
+        begun.setblocking(False)
+        with contextlib.suppress(BlockingIOError):
+            begun.connect(("127.0.0.1", refusing))
+        dial.resume(begun)
+        assert (dial.socket, dial.target) == (begun, names[0])
+        with pytest.raises(DialError) as caught:
+            decided(dial, begun)
+    assert (caught.value.backend, caught.value.reason) == (names[0], "refused")
+    with dial.begin(nothing) as sock:
+        decided(dial, sock)
+        assert dial.target == names[1]
+
+
 def test_dial_that_has_nobody_left(refusing: int) -> None:
     """When the last backend has failed there is no socket, and no error twice."""
-    dial = Dial(Backends(addresses(f"127.0.0.1:{refusing}")).order())
+    dial = Dial(Backends(addresses(f"127.0.0.1:{refusing}")).order(0))
     sock = dial.begin(nothing)
     with sock, pytest.raises(DialError):
         decided(dial, sock)
@@ -149,7 +187,7 @@ def test_dial_that_has_nobody_left(refusing: int) -> None:
 )
 def test_reasons(number: int, reason: str) -> None:
     """Each errno of connect() has a reason that fits a metric's label."""
-    dial = Dial(Backends(addresses("127.0.0.1:1")).order())
+    dial = Dial(Backends(addresses("127.0.0.1:1")).order(0))
     dial._sockaddr = ("127.0.0.1", 1)
     error = dial.failure(number)
     assert (error.errno, error.reason) == (number, reason)
@@ -158,14 +196,14 @@ def test_reasons(number: int, reason: str) -> None:
 
 def test_time_that_is_up_is_a_timeout() -> None:
     """Giving up without an errno is a timeout."""
-    dial = Dial(Backends(addresses("127.0.0.1:1")).order())
+    dial = Dial(Backends(addresses("127.0.0.1:1")).order(0))
     dial._sockaddr = ("127.0.0.1", 1)
     assert dial.failure().reason == "timeout"
 
 
 def test_backend_that_cannot_be_reached_at_all() -> None:
     """A connect() that fails at once is a DialError too, and leaves no socket open."""
-    dial = Dial(Backends(addresses("255.255.255.255:1", "127.0.0.1:1")).order())
+    dial = Dial(Backends(addresses("255.255.255.255:1", "127.0.0.1:1")).order(0))
     before = open_fds()
     with pytest.raises(DialError, match=r"255\.255\.255\.255:1"):
         dial.begin(nothing)
@@ -175,7 +213,7 @@ def test_backend_that_cannot_be_reached_at_all() -> None:
 
 def test_socket_that_cannot_be_prepared_is_closed(listening: int) -> None:
     """Whatever `prepare` raises, the socket does not stay open."""
-    dial = Dial(Backends(addresses(f"127.0.0.1:{listening}")).order())
+    dial = Dial(Backends(addresses(f"127.0.0.1:{listening}")).order(0))
     before = open_fds()
 
     def fail(sock: socket.socket) -> None:
@@ -188,7 +226,7 @@ def test_socket_that_cannot_be_prepared_is_closed(listening: int) -> None:
 
 def test_no_descriptor_for_a_backend_is_none_for_the_next() -> None:
     """Without a descriptor the other backends are not tried in vain."""
-    dial = Dial(Backends(addresses("127.0.0.1:1", "127.0.0.1:2")).order())
+    dial = Dial(Backends(addresses("127.0.0.1:1", "127.0.0.1:2")).order(0))
     limits = resource.getrlimit(resource.RLIMIT_NOFILE)
     resource.setrlimit(resource.RLIMIT_NOFILE, (0, limits[1]))
     try:

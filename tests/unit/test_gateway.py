@@ -9,17 +9,20 @@ import logging
 import socket
 import threading
 import time
+from functools import partial
 from itertools import pairwise
 from pathlib import Path as FilePath
 from typing import TYPE_CHECKING, Any
 
 import pytest
 
+from sockgw import _bpf
 from sockgw.config import Accel, Address, Config
 from sockgw.errors import ConfigError, UnsupportedKernelError
 from sockgw.gateway import Gateway
 from sockgw.lifetime import Session
 from sockgw.listener import RETRY_S, Listener
+from sockgw.loop import Reason
 from sockgw.metrics import ENDS, Tally
 from sockgw.session import End, Path
 
@@ -56,8 +59,21 @@ def backend() -> Iterator[Backend]:
     made.close()
 
 
+@pytest.fixture(params=["compiled", "python"])
+def loop(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    """What the workers sleep in: the loop in C, or the one for want of the binding."""
+    if request.param == "python":
+        monkeypatch.setattr(_bpf, "IS_BUILT", False)
+    return request.param
+
+
+only_compiled = pytest.mark.parametrize("loop", ["compiled"], indirect=True)
+only_python = pytest.mark.parametrize("loop", ["python"], indirect=True)
+"""For what looks at a session in Python: plain ones of the loop in C are not there."""
+
+
 @pytest.fixture
-def start(backend: Backend) -> Iterator[Callable[..., Gateway]]:
+def start(backend: Backend, loop: str) -> Iterator[Callable[..., Gateway]]:
     """Start gateways before the backend, and close what the test left open."""
     started: list[Gateway] = []
 
@@ -101,8 +117,12 @@ def eventually(is_true: Callable[[], Any], what: str) -> None:
         time.sleep(0.001)
 
 
-def sessions(gateway: Gateway) -> list[Session]:
-    return [session for worker in gateway._workers for session in list(worker.sessions)]
+def open_sessions(gateway: Gateway) -> int:
+    return sum(gateway.snapshot().sessions_active.values())
+
+
+def ended(gateway: Gateway, end: End) -> int:
+    return gateway.snapshot().tally.sessions_ended[end.value]
 
 
 def exchange(client: socket.socket, server: socket.socket) -> None:
@@ -131,7 +151,8 @@ def test_session_through_the_gateway(start: Any, backend: Backend) -> None:
         server.close()
         assert client.recv(100) == b"late"
         assert client.recv(1) == b""
-    eventually(lambda: not sessions(gateway), "the session ends")
+    eventually(lambda: ended(gateway, End.EOF), "the session ends")
+    assert open_sessions(gateway) == 0
     tally = gateway.snapshot().tally
     assert tally.sessions_total["relay"] == tally.sessions_ended["eof"] == 1
     assert tally.bytes["to_backend", "relay"] == len(b"request")
@@ -190,7 +211,7 @@ def test_idle_session_is_reset(start: Any, backend: Backend) -> None:
             for open_one in (lambda: connect(gateway), backend.accept) * 2
         )
         deadline_s = time.monotonic() + DEADLINE_S
-        while len(sessions(gateway)) == 2:
+        while open_sessions(gateway) == 2:
             assert time.monotonic() < deadline_s
             exchange(active, active_server)
         assert is_reset(idle)
@@ -198,6 +219,67 @@ def test_idle_session_is_reset(start: Any, backend: Backend) -> None:
         exchange(active, active_server)
 
 
+def in_one_round(worker: Worker, *steps: Callable[[], Any]) -> None:
+    """Have `worker` take all `steps` between two polls of its loop."""
+    gate = threading.Event()
+    worker.order(lambda: gate.wait(DEADLINE_S))
+    for step in steps:
+        worker.order(step)
+    gate.set()
+
+
+def test_session_that_comes_with_the_end(start: Any, backend: Backend) -> None:
+    """A session that is accepted in the round in which all are reset does not outlive them."""
+    gateway = start(threads=1)
+    (worker,) = gateway._workers
+    come = threading.Event()
+    in_one_round(
+        worker,
+        lambda: come.wait(DEADLINE_S),
+        worker._on_connection,
+        partial(gateway._reset_all, End.CLOSED),
+    )
+    with connect(gateway) as client:
+        come.set()
+        assert is_reset(client)
+        eventually(lambda: not open_sessions(gateway), "the session ends")
+    assert ended(gateway, End.CLOSED) == 1
+
+
+@only_compiled
+def test_idle_sessions_are_told_from_others(start: Any, backend: Backend) -> None:
+    """A session that leaves the loop in the round in which another is idle goes on."""
+    gateway = start(threads=1)
+    (worker,) = gateway._workers
+    with contextlib.ExitStack() as stack:
+        idle, idle_server, busy, busy_server = (
+            stack.enter_context(open_one())
+            for open_one in (lambda: connect(gateway), backend.accept) * 2
+        )
+        exchange(idle, idle_server)
+        exchange(busy, busy_server)
+        in_one_round(
+            worker,
+            lambda: eventually(
+                lambda: (worker.loop.poll(0.001), worker.loop.open == 1)[1], "its backend is full"
+            ),
+            partial(worker._release, Reason.ASKED, quiet_s=1e-9, end=End.IDLE_TIMEOUT),
+        )
+        sent = 0
+        busy.setblocking(False)
+        while worker.loop.open == 2:
+            with contextlib.suppress(BlockingIOError):
+                sent += busy.send(bytes(64 << 10))
+        assert is_reset(idle)
+        while sent:
+            got = len(busy_server.recv(1 << 20))
+            assert got
+            sent -= got
+    eventually(lambda: not open_sessions(gateway), "both sessions end")
+    assert (ended(gateway, End.IDLE_TIMEOUT), ended(gateway, End.EOF)) == (1, 1)
+
+
+@only_python
 def test_session_that_meets_a_bug_ends_alone(
     start: Any, backend: Backend, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -214,7 +296,7 @@ def test_session_that_meets_a_bug_ends_alone(
     monkeypatch.setattr(Session, "on_event", on_event)
     with connect(gateway) as client, backend.accept() as server:
         exchange(client, server)
-        (first,) = sessions(gateway)
+        (first,) = gateway._workers[0].sessions
         with connect(gateway) as other, backend.accept() as other_server:
             exchange(other, other_server)
             unlucky.append(first)
@@ -223,8 +305,8 @@ def test_session_that_meets_a_bug_ends_alone(
             assert is_reset(server)
             exchange(other, other_server)
     assert "a bug" in caplog.text
-    eventually(lambda: not sessions(gateway), "both sessions end")
-    assert gateway.snapshot().tally.sessions_ended["error"] == 1
+    eventually(lambda: not open_sessions(gateway), "both sessions end")
+    assert ended(gateway, End.ERROR) == 1
 
 
 @pytest.mark.parametrize("is_own", [True, False], ids=["its_own", "of_another"])
@@ -239,7 +321,7 @@ def test_worker_that_dies_takes_the_gateway_along(
         def fail() -> None:
             raise RuntimeError("the worker broke")
 
-        worker = next(w for w in gateway._workers if bool(w.sessions) == is_own)
+        worker = next(w for w in gateway._workers if bool(sum(w.active.values())) == is_own)
         worker.order(fail)
         with pytest.raises(RuntimeError, match="the worker broke"):
             gateway.wait(DEADLINE_S)
@@ -275,7 +357,7 @@ def test_limit_lets_clients_wait(start: Any, backend: Backend) -> None:
         exchange(first, first_server)
         with connect(gateway) as second:
             second.sendall(b"request")
-            assert len(sessions(gateway)) == 1
+            assert open_sessions(gateway) == 1
             first.close()
             first_server.close()
             with backend.accept() as second_server:
@@ -286,16 +368,17 @@ def test_no_descriptor_for_a_client(
     start: Any, backend: Backend, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Without a descriptor a client waits, and the worker tries again, ten times a second."""
-    real = Listener._accept
+    real = Listener.accept
     tried_s: list[float] = []
 
-    def accept(listener: Listener) -> Any:
-        tried_s.append(time.monotonic())
-        if len(tried_s) < 4:
+    def accept(listener: Listener, take: Any, most: int) -> None:
+        def fail(*_ignored: Any) -> int:
             raise OSError(errno.EMFILE, "Too many open files")
-        return real(listener)
 
-    monkeypatch.setattr(Listener, "_accept", accept)
+        tried_s.append(time.monotonic())
+        real(listener, fail if len(tried_s) < 4 else take, most)
+
+    monkeypatch.setattr(Listener, "accept", accept)
     gateway = start(threads=1)
     with connect(gateway) as client, backend.accept() as server:
         exchange(client, server)
@@ -310,7 +393,7 @@ def test_backend_that_refuses_resets_the_client(start: Any) -> None:
         gateway = start(backends=(Address(*bound.getsockname()),))
         with pytest.raises(ConnectionResetError), connect(gateway) as client:
             client.recv(1)
-    eventually(lambda: not sessions(gateway), "the session ends")
+    eventually(lambda: not open_sessions(gateway), "the session ends")
     tally = gateway.snapshot().tally
     assert tally.dial_errors["refused"] == tally.sessions_ended["dial_failed"] == 1
 

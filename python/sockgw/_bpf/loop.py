@@ -193,7 +193,7 @@ def _ended(  # noqa: PLR0917 - in the order of the struct
     name: bytes,
 ) -> Ended:
     return Ended(
-        name.rstrip(b"\0").decode(),
+        name.partition(b"\0")[0].decode(),
         turn,
         age_ns / _NS,
         to_backend_bytes,
