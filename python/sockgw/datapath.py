@@ -99,6 +99,10 @@ class Slot:
         """Bytes that the verdict left on the source."""
         return self._words.passed - self._passed_before  # type: ignore[no-any-return]
 
+    def guard(self, redirected: int) -> tuple[Any, int]:
+        """Return the words, and what they say when `redirected` stands: for `Relay.run`."""
+        return self._words, self._redirected_before + redirected
+
     @property
     def is_passing(self) -> bool:
         """Whether passed bytes have not all been forwarded."""

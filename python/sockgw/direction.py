@@ -8,6 +8,7 @@ sockets, the worker the clock and epoll.
 
 from __future__ import annotations
 
+import os
 import time
 from typing import TYPE_CHECKING, Final, Protocol
 
@@ -223,11 +224,15 @@ class Direction:
 
     def _copy(self) -> None:
         """Read and write until one would block, the stream ends, or enough."""
-        relay, splice = self.relay, self.splice
+        relay = self.relay
         for _ in range(_STEPS):
             if relay.is_holding and not self._send():
                 self._widen()
                 return
+            if not self._run():
+                return
+            if relay.is_holding:  # the run's last chunk
+                continue
             try:
                 count = relay.receive()
             except OSError as error:
@@ -239,18 +244,40 @@ class Direction:
             if count == 0:
                 self._found_end()
                 return
-            if splice is not None:
-                self._copied_at_s = time.monotonic()
-                if splice.slot.is_damaged:
-                    self._host.damaged(self.way)
-                    return
-                # The verdict redirected between release() and this: what is
-                # held now comes behind it.
-                if splice.is_overtaken:
-                    self._feed(Event.OVERTAKEN)
-                    return
+            if not self._may_send():
+                return
         self._looks = 0
         self._look_again()
+
+    def _run(self) -> bool:
+        """Copy as far as that needs no decision; False when it came to one."""
+        splice = self.splice
+        if not self.relay.can_run:
+            return True
+        written, error = self.relay.run(*splice.guard) if splice is not None else self.relay.run()
+        if written:
+            self._host.tally.bytes[self.way.value, "relay"] += written
+            self._copied_at_s = time.monotonic()
+        if error:
+            self._host.lost(self.way, OSError(error, os.strerror(error)))
+            return False
+        return not self.relay.is_holding or self._may_send()
+
+    def _may_send(self) -> bool:
+        """Look whether what was just received comes next; else see to it."""
+        splice = self.splice
+        if splice is None:
+            return True
+        self._copied_at_s = time.monotonic()
+        if splice.slot.is_damaged:
+            self._host.damaged(self.way)
+            return False
+        # The verdict redirected between release() and this: what is held now
+        # comes behind it.
+        if splice.is_overtaken:
+            self._feed(Event.OVERTAKEN)
+            return False
+        return True
 
     def _send(self) -> bool:
         """Send what is held; False when some is left, or the target failed."""

@@ -26,11 +26,13 @@ from sockgw.session import Way
 if TYPE_CHECKING:
     import socket
 
+    from sockgw._bpf.loop import Run
     from sockgw.backend import Backends
     from sockgw.datapath import Connection, Datapath
 
 WAYS: Final = (Way.TO_BACKEND, Way.TO_CLIENT)
 """In the order of sockmap.h's SOCK_SLOT_TO_..."""
+_CHUNKS: Final = 4
 _NOTHING: Final = (0, 0)
 _NOBODY: Final = (False, False)
 
@@ -185,6 +187,15 @@ def open_loop(
         receive_option=receive_option(),
         is_logging=is_logging,
     )
+
+
+def open_run() -> Run | None:
+    """Return what copies in C, None where there is no binding."""
+    if not _bpf.IS_BUILT:
+        return None
+    from sockgw._bpf.loop import Run  # noqa: PLC0415
+
+    return Run(_CHUNKS)
 
 
 class PythonLoop:

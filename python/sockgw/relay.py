@@ -11,7 +11,10 @@ import functools
 import socket
 import struct
 from pathlib import Path
-from typing import Final
+from typing import TYPE_CHECKING, Any, Final
+
+if TYPE_CHECKING:
+    from sockgw._bpf.loop import Run
 
 BUFFER_BYTES: Final = 512 * 1024
 RECEIVE_BYTES: Final = 2 << 20
@@ -32,8 +35,12 @@ class Buffers:
 
     _KEEP = 4
 
-    def __init__(self) -> None:
-        """Start empty: a worker whose sessions are all spliced needs none."""
+    def __init__(self, run: Run | None = None) -> None:
+        """Start empty: a worker whose sessions are all spliced needs none.
+
+        `run` copies whole chunks in C, where there is a binding.
+        """
+        self.run = run
         self._free: list[memoryview] = []
 
     def borrow(self) -> memoryview:
@@ -128,6 +135,26 @@ class Relay:
         """Take over what was received elsewhere and is still to be sent."""
         self.taken += len(received)
         self._pending = memoryview(received)
+
+    @property
+    def can_run(self) -> bool:
+        """Whether there is a binding to `run`."""
+        return self._buffers.run is not None
+
+    def run(self, words: Any = None, redirected: int = 0) -> tuple[int, int]:  # noqa: ANN401
+        """Copy for as long as there is nothing to decide; nothing may be held.
+
+        `words` are the verdict's of a paired direction, `redirected` what they
+        say since the last flush. Returns the bytes sent, which are counted in
+        the words, too, and the errno of a source that failed, or 0.
+        """
+        assert self._buffers.run is not None  # noqa: S101 - can_run
+        taken, written, held, error = self._buffers.run(self.source, self.target, words, redirected)
+        self.taken += taken - len(held)
+        self.written += written
+        if held:
+            self.hold(held)
+        return written, error
 
     def receive(self) -> int | None:
         """Receive once; nothing may be held.

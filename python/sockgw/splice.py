@@ -8,7 +8,7 @@ sockets; moves no byte and waits for nothing. The theory is in
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING, Any, Final
 
 if TYPE_CHECKING:
     from sockgw.datapath import Slot
@@ -62,6 +62,11 @@ class Splice:
     def is_overtaken(self) -> bool:
         """Whether bytes were redirected since the last flush."""
         return self.slot.redirected != self._flushed_at
+
+    @property
+    def guard(self) -> tuple[Any, int]:
+        """The words by which `Relay.run` sees that it still copies in order."""
+        return self.slot.guard(self._flushed_at)
 
     def outstanding(self) -> int:
         """Return the bytes redirected that the target's TCP has not yet taken."""

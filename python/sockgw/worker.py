@@ -24,7 +24,7 @@ from typing import TYPE_CHECKING, Final
 from sockgw.lifetime import Line, Session
 from sockgw.listener import RETRY_S
 from sockgw.log import AccessLog
-from sockgw.loop import WAYS, Handover, Reason, open_loop
+from sockgw.loop import WAYS, Handover, Reason, open_loop, open_run
 from sockgw.metrics import Tally
 from sockgw.relay import Buffers, set_up
 from sockgw.session import End, Path
@@ -80,7 +80,7 @@ class Worker:
         self.datapath = datapath
         self.connect_timeout_s = connect_timeout_s
         self.counting = Tally()
-        self.buffers = Buffers()
+        self.buffers = Buffers(open_run())
         self.sessions: set[Session] = set()
         self.paired: dict[int, Session] = {}
         # In the order of their deadlines: each new one is the latest.

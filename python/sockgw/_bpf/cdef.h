@@ -110,9 +110,29 @@ void sgw_ring_close(struct sgw_ring *ring);
 /* Take up to max records: their number, or -errno. */
 int sgw_ring_drain(struct sgw_ring *ring, uint32_t *slots, int max);
 
+/* A copy without decisions: whole chunks, received and sent on. */
+struct sgw_run {
+	int source;
+	int target;
+	char *buffer; /* of SGW_COPY_BYTES */
+	uint32_t chunks; /* at most so many */
+	struct sock_slot *slot; /* NULL: the source is in no map */
+	uint64_t redirected; /* slot's, at the last flush: while it stands, order is kept */
+	/* The result. */
+	uint64_t taken;
+	uint64_t written;
+	uint32_t held_from; /* what was received and not sent, in buffer */
+	uint32_t held_to;
+	bool is_in_doubt; /* slot does not say what it should, and nothing was sent */
+	int error; /* the source's; 0: none */
+};
+
+/* Copy until the source is empty or ends, a socket fails, or something is held. */
+void sgw_run(struct sgw_run *run);
+
 /* A worker's event loop (loop.c). */
 
-#define SGW_COPY_BYTES 262144
+#define SGW_COPY_BYTES 131072
 
 enum sgw_handover { /* when a session is released for a faster path */
 	SGW_NEVER,

@@ -604,3 +604,46 @@ int sgw_loop_release(struct sgw_loop *public, enum sgw_reason reason, uint64_t q
 	}
 	return public->released_count - before;
 }
+
+/* recv() first, then the words: bytes that came before a redirect are read with
+ * the count that it left behind.
+ */
+static bool is_in_order(const struct sgw_run *run)
+{
+	return !run->slot ||
+	       (!__atomic_load_n(&run->slot->is_damaged, __ATOMIC_ACQUIRE) &&
+		__atomic_load_n(&run->slot->redirected, __ATOMIC_ACQUIRE) == run->redirected);
+}
+
+void sgw_run(struct sgw_run *run)
+{
+	ssize_t received, sent;
+	uint32_t chunk;
+
+	run->taken = run->written = 0;
+	run->held_from = run->held_to = 0;
+	run->is_in_doubt = false;
+	run->error = 0;
+	for (chunk = 0; chunk < run->chunks; chunk++) {
+		received = recv(run->source, run->buffer, SGW_COPY_BYTES, 0);
+		if (received < 0 && errno != EAGAIN)
+			run->error = errno; /* a socket says it once */
+		if (received <= 0)
+			return;
+		run->taken += (uint64_t)received;
+		run->is_in_doubt = !is_in_order(run);
+		sent = run->is_in_doubt ? 0 :
+					  send(run->target, run->buffer, (size_t)received,
+					       MSG_NOSIGNAL);
+		if (sent < 0)
+			sent = 0; /* if it failed, the next send() says so, too */
+		run->written += (uint64_t)sent;
+		if (run->slot && sent)
+			sgw_forward(run->slot, (uint64_t)sent);
+		if (sent < received) {
+			run->held_from = (uint32_t)sent;
+			run->held_to = (uint32_t)received;
+			return;
+		}
+	}
+}

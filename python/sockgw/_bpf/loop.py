@@ -158,6 +158,37 @@ class CompiledLoop:
         _check(lib.sgw_loop_control(self._loop, operation, fd, mask))
 
 
+class Run:
+    """A copy that decides nothing (`sgw_run`), for one thread."""
+
+    def __init__(self, chunks: int) -> None:
+        """Copy at most so many chunks at a time."""
+        self._buffer = ffi.new("char[]", lib.SGW_COPY_BYTES)
+        self._run = ffi.new("struct sgw_run *", {"buffer": self._buffer, "chunks": chunks})
+
+    def __call__(
+        self,
+        source: socket.socket,
+        target: socket.socket,
+        words: Any,  # noqa: ANN401 - struct sock_slot *, or None
+        redirected: int,
+    ) -> tuple[int, int, bytes, int]:
+        """Copy; return the bytes taken and written, what is held, and the source's errno.
+
+        Something is held when the target has no room, or when the verdict's
+        `words` are no longer those of the last flush, with `redirected` in
+        them.
+        """
+        run = self._run
+        run.source = source.fileno()
+        run.target = target.fileno()
+        run.slot = words or ffi.NULL
+        run.redirected = redirected
+        lib.sgw_run(run)
+        held = ffi.unpack(self._buffer + run.held_from, run.held_to - run.held_from)
+        return run.taken, run.written, held, run.error
+
+
 def _released(record: Any) -> Released:  # noqa: ANN401 - struct sgw_released
     held = b""
     if record.held != ffi.NULL:
