@@ -277,3 +277,78 @@ def test_accepted_sockets_do_not_block(make: Any) -> None:
         assert not sock.getblocking()
         assert not sock.get_inheritable()
         assert address[0] == "127.0.0.1"
+
+
+@pytest.fixture
+def shared(make: Any) -> Iterator[tuple[Listener, Listener, Clients, list[select.epoll]]]:
+    """Two processes' copies of a listener, each with room for one session, and their pollers."""
+    one, clients, (first, second) = make(1)
+    # What a fork would leave in the other process.
+    two = Listener(Address("127.0.0.1", 0), 1)
+    two.socket.close()
+    two.socket = one.socket.dup()
+    with one._lock:
+        one._pollers.remove(second)
+    one._own.poller = first
+    second.unregister(one.socket)
+    two.watch(second)
+    yield one, two, clients, [first, second]
+    two.close()
+
+
+def test_connection_without_room_here_is_left_to_the_others(shared: Any) -> None:
+    """A process without room tells the others of a connection that only it was told of."""
+    one, two, clients, (first, second) = shared
+    told: list[str] = []
+    one.share(1, lambda: told.append("one"))
+    two.share(1, lambda: told.append("two"))
+    clients.connect(2)
+    accept(one)
+    # The kernel told both of these two; here is one who was not, or has forgotten.
+    second.unregister(two.socket)
+    second.register(two.socket, select.EPOLLIN | select.EPOLLET)
+    assert heard(second) == HEARD
+    assert heard(second) == []
+    assert one.accept() is None
+    assert told == ["one"]
+    assert heard(first) == []
+    two.look_again()
+    assert heard(second) == HEARD
+    accept(two)
+    # Whoever has no room himself does not look.
+    clients.connect()
+    assert two.accept() is None
+    two.look_again()
+    assert heard(second) == []
+    two.close()
+    two.look_again()
+
+
+def test_who_accepts_is_told_last_of_the_next(make: Any) -> None:
+    """Among several processes the next connection goes to one who has waited longer."""
+    listener, clients, (first, second) = make(100)
+    listener.share(100, lambda: None)
+    told: list[str] = []
+    stop = threading.Event()
+
+    def wait(name: str, poller: select.epoll) -> None:
+        listener._own.poller = poller
+        while not stop.is_set():
+            for _ in poller.poll(0.05):
+                if (accepted := listener.accept()) is not None:
+                    accepted[0].close()
+                    told.append(name)
+
+    threads = [
+        threading.Thread(target=wait, args=args) for args in (("one", first), ("two", second))
+    ]
+    for thread in threads:
+        thread.start()
+    for count in range(1, 21):
+        clients.connect()
+        while len(told) < count:
+            assert threads[0].is_alive()
+    stop.set()
+    for thread in threads:
+        thread.join()
+    assert 5 <= told.count("one") <= 15
