@@ -165,14 +165,22 @@ class Supervisor:
     # ends, so do its children (PR_SET_PDEATHSIG).
 
     def start(self) -> None:
-        """Fork the processes; they begin to accept."""
+        """Fork the processes; they begin to accept.
+
+        Raises OSError when one cannot be forked; `release` ends the others.
+        """
         # What is here now is shared for good: a collection in one process
         # would write to every object, and copy the pages.
         gc.collect()
         gc.freeze()
         for share in self._shares:
-            with self._lock:
-                self._fork(share)
+            try:
+                with self._lock:
+                    self._fork(share)
+            except OSError as error:
+                problem = f"start worker process {share.index}: {error.strerror}"
+                way_out = "use fewer --processes, or 1, which forks none"
+                raise OSError(error.errno, f"{problem}; {way_out}") from error
 
     def wait(self, timeout_s: float | None = None) -> bool:
         """Look after the processes until they have ended after `drain` or `close`.
@@ -302,7 +310,9 @@ class Supervisor:
             code = os.waitstatus_to_exitcode(status)
             if code == 0 and self._is_draining:
                 return
-            how = f"exited with {code}" if code >= 0 else f"died of {signal.Signals(-code).name}"
+            how = f"exited with {code}"
+            if code < 0:
+                how = f"was killed by signal {-code} ({signal.strsignal(-code)})"
             delay_s = 0.0
             if time.monotonic() - process.started_s < _SHORT_LIFE_S:
                 delay_s = _SHORT_LIFE_S
@@ -311,6 +321,8 @@ class Supervisor:
                 what_next = "the gateway is draining: none takes its place"
             else:
                 self._due_s[share.index] = time.monotonic() + delay_s
+            # It may have been the only one that was told of a connection.
+            _ring(self._bells)
         _log.error(
             "worker process %d (pid %d) %s: its sessions have ended; %s",
             *(share.index, process.pid, how, what_next),

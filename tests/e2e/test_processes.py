@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import os
 import re
+import resource
 import signal
 import time
 from pathlib import Path
@@ -18,6 +19,7 @@ from typing import TYPE_CHECKING
 import pytest
 
 from . import kernel
+from .crowd import crowd_process, echo_process
 from .paths import PATHS, PathUnderTest
 from .peers import Backend, EchoServer, connect, is_reset, is_silent
 from .traffic import exchange, expect, read_bytes
@@ -30,7 +32,8 @@ if TYPE_CHECKING:
     from .gateways import Gateway, Metrics
 
 PROCESSES = 2
-DIED = r"ERROR worker process (\d) \(pid (\d+)\) died of SIGKILL: "
+CROWD = 10_000
+DIED = r"ERROR worker process (\d) \(pid (\d+)\) was killed by signal 9 \(Killed\): "
 
 
 def on_processes(path: PathUnderTest) -> PathUnderTest:
@@ -265,6 +268,25 @@ def test_more_sessions_than_one_process_has_descriptors(
     running.await_sessions(96)
     for client in clients:
         client.close()
+
+
+@pytest.mark.timeout(240)
+def test_10000_sessions_at_once(start: StartGateway, kernel_path: None) -> None:
+    """10,000 sessions, 20,000 sockets, fit into two processes and into the kernel's maps."""
+    _, most_files = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if most_files < CROWD + 200:
+        pytest.skip(f"RLIMIT_NOFILE has a hard limit of {most_files}")
+    with echo_process() as (address, backend):
+        running = start(address, accel="splice", processes=PROCESSES)
+        with crowd_process(running.address) as crowd:
+            assert crowd.ask("open", CROWD)["count"] == CROWD
+            running.await_sessions(CROWD, path="splice")
+            assert running.metrics().value("gateway_ebpf_active_pairs") == CROWD
+            assert backend.ask("status")["open"] == CROWD
+            assert crowd.ask("echo", 100)["count"] == CROWD
+            assert crowd.ask("close")["count"] == CROWD
+        running.await_idle()
+        assert running.metrics().value("gateway_sessions_ended_total", end="eof") == CROWD
 
 
 @each_path
