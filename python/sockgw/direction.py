@@ -72,15 +72,15 @@ class Direction:
         "way",
     )
 
-    def __init__(self, way: Way, relay: Relay, host: Host) -> None:
-        """Wait for the backend; `relay` has the two sockets."""
+    def __init__(self, way: Way, relay: Relay, host: Host, *, is_ended: bool = False) -> None:
+        """Wait for the backend, unless the FIN is passed on already; `relay` has the sockets."""
         self.way = way
         self.relay = relay
         self.splice: Splice | None = None
-        self.state = State.WAITING
+        self.state = State.ENDED if is_ended else State.WAITING
         self.spills = 0
         self._host = host
-        self._has_seen_fin = False
+        self._has_seen_fin = is_ended
         self._is_looking = False
         self._is_looking_back = False
         self._is_widening = False
@@ -119,6 +119,8 @@ class Direction:
     def connected(self, splice: Splice | None) -> None:
         """Begin: there is a target, and `splice` if the source is in the map."""
         self.splice = splice
+        if self.is_ended:
+            return
         if splice is None or not splice.can_return:
             self._feed(Event.CONNECTED)
         else:

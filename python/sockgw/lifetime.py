@@ -10,29 +10,30 @@ from __future__ import annotations
 import errno
 import fcntl
 import logging
+import os
 import select
 import socket
 import struct
 import termios
 import time
-from typing import TYPE_CHECKING, Any, Final
+from typing import TYPE_CHECKING, Final, NamedTuple
 
 from sockgw.backend import Dial
-from sockgw.config import format_sockaddr
 from sockgw.direction import Direction
 from sockgw.errors import DatapathError, DialError
-from sockgw.relay import Relay, set_up
+from sockgw.loop import Reason
+from sockgw.relay import Relay
 from sockgw.session import End, Path, Way
 from sockgw.splice import Splice
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-    from sockgw.datapath import Pair
+    from sockgw.datapath import Connection, Pair
+    from sockgw.loop import Released
     from sockgw.worker import Worker
 
 _log = logging.getLogger("sockgw")
-_access_log = logging.getLogger("sockgw.access")
 
 # Edge-triggered: a FIN or a HUP that we cannot act on yet is told once, and a
 # change of the mask asks again.
@@ -41,6 +42,7 @@ _GRACE_S: Final = 0.05
 """How long the last bytes before a reset may take to reach the other side."""
 _SETTLE_S: Final = 0.001
 _ABORT: Final = struct.pack("ii", 1, 0)  # struct linger: on, 0 s: close() resets
+_NONE: Final = {Path.SPLICE: 0, Path.RELAY: 0}
 _REFUSALS: Final = {
     errno.EOPNOTSUPP: "not_established",
     errno.EBUSY: "busy",
@@ -49,6 +51,21 @@ _REFUSALS: Final = {
     errno.E2BIG: "no_room",
     errno.ENOMEM: "no_room",
 }
+
+
+class Line(NamedTuple):
+    """What the log says of a session that has ended."""
+
+    client: str
+    backend: str
+    age_s: float
+    path: str
+    end: str
+    moved: tuple[int, int, int, int]
+    """Bytes to the backend, by splice and by the relay, and so to the client."""
+    spills: int
+    client_connection: Connection | None
+    backend_connection: Connection | None
 
 
 class Session:
@@ -73,22 +90,22 @@ class Session:
         "tally",
     )
 
-    def __init__(self, worker: Worker, client: socket.socket, address: Any) -> None:  # noqa: ANN401 - a sockaddr
-        """Take the accepted `client`."""
-        self.client = client
-        self.client_name = format_sockaddr(address)
-        self.tally = worker.tally
+    def __init__(self, worker: Worker, released: Released) -> None:
+        """Take over what the loop has released; `start` goes on with it."""
+        self.client = released.client
+        self.client_name = released.client_name
+        self.tally = worker.counting
         self.pair: Pair | None = None
         self.is_closed = False
         self._worker = worker
-        self._dial = Dial(worker.backends.order())
+        self._dial = Dial(worker.backends.order(released.turn))
         # To the backend, to the client; none before there is a backend.
         self._directions: tuple[Direction, Direction] | None = None
-        self._started_s = self._active_at_s = time.monotonic()
+        self._active_at_s = time.monotonic()
+        self._started_s = self._active_at_s - released.age_s
         self._moved = -1
         self._client_has_fin = False
-        self._client_mask = _QUIET
-        self._backend_mask = 0
+        self._client_mask = self._backend_mask = 0
         self._end: End | None = None
         self._grace_until_s = 0.0
 
@@ -103,11 +120,33 @@ class Session:
         """The backend socket, from the dial on."""
         return self._dial.socket
 
-    def start(self) -> None:
-        """Watch the client, and dial."""
-        self.client.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-        self._worker.watch(self.client, _QUIET, self)
-        self._begin_dial()
+    @property
+    def age_s(self) -> float:
+        """How long ago the client was accepted."""
+        return time.monotonic() - self._started_s
+
+    def start(self, released: Released) -> None:
+        """Go on from where the loop has stopped."""
+        self._worker.own(self.client, self)
+        if released.is_connected or released.reason is Reason.DIAL_FAILED or released.backend:
+            self._dial.resume(released.backend)
+        backend = released.backend
+        if backend is not None:
+            self._worker.own(backend, self)
+        if released.is_connected and backend is not None:
+            self._connected(backend, released)
+            return
+        self._client_mask = _QUIET
+        self._worker.loop.modify(self.client, _QUIET)
+        if released.reason is Reason.DIAL_FAILED:
+            error = self._dial.failure(released.error)
+            self._count_dial_error(error)
+            if backend is not None:
+                self._give_up(backend)
+        if self.backend is None:
+            self._begin_dial()
+        else:
+            self._await_dial(self.backend)
 
     def on_event(self, fd: int, mask: int) -> None:
         """Handle epoll's `mask` for the socket that has `fd`."""
@@ -149,11 +188,11 @@ class Session:
         mask = _mask(to_backend, to_client)
         if mask != self._client_mask:
             self._client_mask = mask
-            self._worker.poller.modify(self.client, mask)
+            self._worker.loop.modify(self.client, mask)
         mask = _mask(to_client, to_backend)
         if mask != self._backend_mask:
             self._backend_mask = mask
-            self._worker.poller.modify(self.backend, mask)
+            self._worker.loop.modify(self.backend, mask)
 
     def reset_if_idle(self, now_s: float, idle_s: float) -> None:
         """End the session if nothing has moved for `idle_s`, on any path."""
@@ -181,7 +220,7 @@ class Session:
         self._report(end)
         for sock in (self.client, self.backend):
             if sock is not None:
-                self._worker.unwatch(sock)
+                self._worker.disown(sock)
                 if end is not End.EOF:
                     sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, _ABORT)
         for direction in self._directions or ():
@@ -244,8 +283,13 @@ class Session:
         if backend is None:
             self._fail(End.DIAL_FAILED)
             return
+        self._worker.loop.register(backend, 0)
+        self._worker.own(backend, self)
+        self._await_dial(backend)
+
+    def _await_dial(self, backend: socket.socket) -> None:
         self._backend_mask = select.EPOLLOUT | _QUIET
-        self._worker.watch(backend, self._backend_mask, self)
+        self._worker.loop.modify(backend, self._backend_mask)
         self._worker.dialling[self] = time.monotonic() + self._worker.connect_timeout_s
 
     def _decide_dial(self) -> None:
@@ -263,29 +307,54 @@ class Session:
 
     def _dial_failed(self, backend: socket.socket, error: DialError) -> None:
         self._count_dial_error(error)
-        self._worker.unwatch(backend)
-        self._worker.discard(backend)
+        self._give_up(backend)
         self._begin_dial()
+
+    def _give_up(self, backend: socket.socket) -> None:
+        self._worker.disown(backend)
+        self._worker.discard(backend)
 
     def _count_dial_error(self, error: DialError) -> None:
         self.tally.dial_errors[error.reason] += 1
         self._worker.backends.warn(error)
 
-    def _connected(self, backend: socket.socket) -> None:
-        """Begin to move bytes, on the best path that takes this session."""
+    def _connected(self, backend: socket.socket, released: Released | None = None) -> None:
+        """Begin to move bytes, or go on, on the best path that takes this session."""
         buffers = self._worker.buffers
+        sent = released.sent if released else (0, 0)
+        ended = released.is_ended if released else (False, False)
         self._directions = to_backend, to_client = (
-            Direction(Way.TO_BACKEND, Relay(self.client, backend, buffers), self),
-            Direction(Way.TO_CLIENT, Relay(backend, self.client, buffers), self),
+            Direction(
+                Way.TO_BACKEND,
+                Relay(self.client, backend, buffers, sent=sent[0]),
+                self,
+                is_ended=ended[0],
+            ),
+            Direction(
+                Way.TO_CLIENT,
+                Relay(backend, self.client, buffers, sent=sent[1]),
+                self,
+                is_ended=ended[1],
+            ),
         )
         self._backend_mask = 0  # whatever is wanted from here on, it is not this
         if self._client_has_fin:
             to_backend.saw_fin()
-        splices = self._pair(to_backend, to_client)
-        self.tally.sessions_total[self.path.value] += 1
+        splices: dict[Way, Splice] = {}
+        if released is None or released.reason in (Reason.CONNECTED, Reason.HANDOVER):
+            splices = self._pair(to_backend, to_client)
+        if released is None or released.reason is Reason.CONNECTED:
+            self.tally.sessions_total[self.path.value] += 1
+        elif released.reason is Reason.FULL:
+            stalled = to_backend if released.way is Way.TO_BACKEND else to_client
+            stalled.relay.hold(released.held)
         # What the backend says first must not wait for what the client sends.
         for direction in (to_client, to_backend):
             direction.connected(splices.get(direction.way))
+        if released is not None and released.reason is Reason.FAILED:
+            self.lost(released.way, OSError(released.error, os.strerror(released.error)))
+        elif released is not None and released.reason is Reason.NO_MEMORY:
+            self.close(End.ERROR)
         self.rewatch()
 
     def _pair(self, to_backend: Direction, to_client: Direction) -> dict[Way, Splice]:
@@ -298,9 +367,6 @@ class Session:
                 self.pair = pair = datapath.pair(client, backend, worker.index)
             except DatapathError as error:
                 self._refused(error)
-        if self.path is Path.RELAY:
-            set_up(client)
-            set_up(backend)
         if datapath is None or pair is None:
             return {}
         worker.paired[datapath.key(pair)] = self
@@ -344,29 +410,27 @@ class Session:
 
     def _report(self, end: End) -> None:
         self.tally.sessions_ended[end.value] += 1
-        if not _access_log.isEnabledFor(logging.INFO):
+        worker, directions = self._worker, self._directions or ()
+        worker.note_end(self.age_s, end)
+        if not worker.access_log.is_enabled:
             return
-        fields: dict[str, Any] = {
-            "client": self.client_name,
-            "listener": self._worker.listener.address,
-            "backend": self._dial.target if self._directions else "-",
-            "seconds": round(time.monotonic() - self._started_s, 6),
-            "path": self.path.value,
-            "end": end.value,
-        }
-        for way in Way:
-            for path in (Path.SPLICE, Path.RELAY):
-                fields[f"{way.value}_{path.value}_bytes"] = 0
-        for direction in self._directions or ():
-            for path, count in direction.bytes_by_path().items():
-                fields[f"{direction.way.value}_{path.value}_bytes"] = count
-        fields["spills"] = sum(direction.spills for direction in self._directions or ())
-        for side, sock in (("client", self.client), ("backend", self.backend)):
-            seen = self._worker.connection(sock)
-            if seen is not None:
-                fields[f"{side}_rtt_us"] = seen.rtt_us
-                fields[f"{side}_retransmits"] = seen.retransmits
-        _access_log.info("session", extra={"fields": fields})
+        up, down = (
+            [direction.bytes_by_path() for direction in directions]
+            if directions
+            else (_NONE, _NONE)
+        )
+        line = Line(
+            client=self.client_name,
+            backend=self._dial.target if directions else "-",
+            age_s=self.age_s,
+            path=self.path.value,
+            end=end.value,
+            moved=(up[Path.SPLICE], up[Path.RELAY], down[Path.SPLICE], down[Path.RELAY]),
+            spills=sum(direction.spills for direction in directions),
+            client_connection=worker.connection(self.client),
+            backend_connection=worker.connection(self.backend),
+        )
+        worker.report(line)
 
 
 def _mask(sourced: Direction, targeted: Direction) -> int:

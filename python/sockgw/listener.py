@@ -15,9 +15,10 @@ import select
 import socket
 import threading
 import time
-from typing import TYPE_CHECKING, Any, Final
+from typing import TYPE_CHECKING, Final, Protocol
 
 from sockgw.config import format_sockaddr
+from sockgw.relay import set_up
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -31,6 +32,20 @@ RETRY_S: Final = 0.1
 _WARN_EVERY_S: Final = 10.0
 _EXHAUSTED: Final = frozenset({errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM})
 _BACKLOG: Final = 4096
+
+
+class Poller(Protocol):
+    """What a worker sleeps in: `select.epoll`, or `sockgw.loop`."""
+
+    @property
+    def closed(self) -> bool:
+        """Whether it was closed."""
+
+    def register(self, sock: socket.socket, mask: int) -> None:
+        """Watch `sock`."""
+
+    def unregister(self, sock: socket.socket) -> None:
+        """Stop to watch it."""
 
 
 class Listener:
@@ -47,6 +62,7 @@ class Listener:
         try:
             self.socket.setblocking(False)  # noqa: FBT003 - its name says it
             self.socket.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            set_up(self.socket)
             self.socket.bind(sockaddr)
         except OSError as error:
             self.socket.close()
@@ -54,13 +70,13 @@ class Listener:
                 error.errno, f"listen on {address}: {error.strerror}{_way_out(error)}"
             ) from error
         self.address = format_sockaddr(self.socket.getsockname())
-        self._limit = limit
+        self.limit = limit
         self._on_full: Callable[[], None] | None = None
         self._own = threading.local()
         self._warned_at_s = float("-inf")
         # Guards all below; workers take it at each accept and session's end.
         self._lock = threading.Lock()
-        self._pollers: list[select.epoll] = []
+        self._pollers: list[Poller] = []
         self._sessions = 0
         self._is_paused = False
         self._is_open = True
@@ -76,7 +92,7 @@ class Listener:
         leaves a connection to the others, who may not have been told of it;
         it must have them call `look_again`, and must not call in here.
         """
-        self._limit = limit
+        self.limit = limit
         self._on_full = on_full
 
     def look_again(self) -> None:
@@ -86,7 +102,7 @@ class Listener:
                 for poller in self._pollers:
                     self._requeue(poller)
 
-    def watch(self, poller: select.epoll) -> None:
+    def watch(self, poller: Poller) -> None:
         """Have `poller`, the calling thread's, told of connections for as long as it lives."""
         self._own.poller = poller
         with self._lock:
@@ -94,42 +110,47 @@ class Listener:
             if self._is_open and not self._is_paused:
                 self._register(poller)
 
-    def accept(self) -> tuple[socket.socket, Any] | None:
-        """Accept one connection and count it as a session.
+    def accept(self, accept: Callable[[socket.socket, int], int], most: int) -> None:
+        """Have `accept` accept up to `most` connections, and count each as a session.
 
-        Returns None when there is none, or no room for one. The socket is
-        non-blocking. Raises OSError (EMFILE and the like) after which the
-        listener is watched by nobody until `resume`, or a session's end.
+        No more than there is room for. `accept` returns how many it took; its
+        sockets are non-blocking. Raises OSError (EMFILE and the like), after
+        which the listener is watched by nobody until `resume`, or a session's
+        end.
         """
         with self._lock:
             if not self._is_open:
-                return None
-            if self._sessions >= self._limit:
+                return
+            room = min(most, self.limit - self._sessions)
+            if not room:
                 self._pause()
                 if self._on_full is not None:
                     self._on_full()
-                return None
-            self._sessions += 1
+                return
+            self._sessions += room
         try:
-            accepted = self._accept()
+            taken = accept(self.socket, room)
         except OSError as error:
-            with self._lock:
-                self._sessions -= 1
-                if error.errno in _EXHAUSTED:
+            taken = 0
+            if error.errno in _EXHAUSTED:
+                with self._lock:
+                    self._sessions -= room
                     self._pause()
                     self._warn(error)
-            raise
-        if accepted is None:
+                raise
+            # ECONNABORTED, EPROTO, EPERM and accept(2)'s list of network
+            # errors speak of that one connection, which is gone; EBADF of
+            # our own close().
+        if taken < room:
             # Counted while it lasted, it may have made another worker pause.
-            self.leave()
-        elif self._on_full is not None:
+            self.leave(room - taken)
+        if taken and self._on_full is not None:
             self._go_last()
-        return accepted
 
-    def leave(self) -> None:
-        """Count a session's end, and accept again if there was no room."""
+    def leave(self, count: int = 1) -> None:
+        """Count the end of sessions, and accept again if there was no room."""
         with self._lock:
-            self._sessions -= 1
+            self._sessions -= count
             self._resume()
 
     def resume(self) -> None:
@@ -144,21 +165,6 @@ class Listener:
             self._is_open = False
         self.socket.close()
 
-    def _accept(self) -> tuple[socket.socket, Any] | None:
-        try:
-            sock, address = self.socket.accept()
-        except BlockingIOError:  # another worker was first
-            return None
-        except OSError as error:
-            if error.errno in _EXHAUSTED:
-                raise
-            # ECONNABORTED, EPROTO, EPERM and accept(2)'s list of network
-            # errors speak of that one connection, which is gone; EBADF of
-            # our own close().
-            return None
-        sock.setblocking(False)  # noqa: FBT003 - its name says it
-        return sock, address
-
     def _pause(self) -> None:
         if self._is_open and not self._is_paused:
             self._is_paused = True
@@ -167,7 +173,7 @@ class Listener:
                     poller.unregister(self.socket)
 
     def _resume(self) -> None:
-        if self._is_open and self._is_paused and self._sessions < self._limit:
+        if self._is_open and self._is_paused and self._sessions < self.limit:
             self._is_paused = False
             for poller in self._pollers:
                 self._register(poller)
@@ -184,12 +190,12 @@ class Listener:
             if poller is not None and self._is_open and not self._is_paused:
                 self._requeue(poller)
 
-    def _requeue(self, poller: select.epoll) -> None:
+    def _requeue(self, poller: Poller) -> None:
         if not poller.closed:
             poller.unregister(self.socket)
             self._register(poller)
 
-    def _register(self, poller: select.epoll) -> None:
+    def _register(self, poller: Poller) -> None:
         if not poller.closed:
             poller.register(self.socket, select.EPOLLIN | select.EPOLLEXCLUSIVE)
 

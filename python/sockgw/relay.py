@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Final
 
 BUFFER_BYTES: Final = 512 * 1024
-_RECEIVE_BYTES: Final = 2 << 20
+RECEIVE_BYTES: Final = 2 << 20
 """SO_RCVBUF of a relayed socket; the kernel doubles it."""
 _WIDENINGS: Final = 4
 """In one stall, by a quarter each: a peer that overruns its window on purpose gets no more."""
@@ -47,23 +47,34 @@ class Buffers:
 
 
 def set_up(sock: socket.socket) -> None:
-    """Make `sock` fit for the relay: all its bytes in the stream, and a bound.
+    """Make `sock` fit for the relay; of a listener, before listen(): its children are, too.
 
-    An urgent byte stays in its place (SO_OOBINLINE), as it does on splice;
-    else recv() leaves it out. What the socket may receive while its target
-    is stalled is bounded.
+    Nothing waits for more to come (TCP_NODELAY). An urgent byte stays in its
+    place (SO_OOBINLINE), as it does on splice; else recv() leaves it out. What
+    the socket may receive while its target is stalled is bounded.
+    """
+    sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+    sock.setsockopt(socket.SOL_SOCKET, socket.SO_OOBINLINE, 1)
+    option = receive_option()
+    if option:
+        sock.setsockopt(socket.SOL_SOCKET, option, RECEIVE_BYTES)
+
+
+@functools.cache
+def receive_option() -> int:
+    """Return the socket option that may set a receive buffer of RECEIVE_BYTES; 0: none.
 
     Left to the kernel, the receive buffer of a fast stream grows to
     tcp_rmem[2], which is 32 MiB on some hosts. Without CAP_NET_ADMIN the bound
     is set only where net.core.rmem_max allows it: a lower one would cost
     throughput over long distances.
     """
-    sock.setsockopt(socket.SOL_SOCKET, socket.SO_OOBINLINE, 1)
-    try:
-        sock.setsockopt(socket.SOL_SOCKET, _SO_RCVBUFFORCE, _RECEIVE_BYTES)
-    except PermissionError:
-        if _rmem_max() >= _RECEIVE_BYTES:
-            sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, _RECEIVE_BYTES)
+    with socket.socket() as sock:
+        try:
+            sock.setsockopt(socket.SOL_SOCKET, _SO_RCVBUFFORCE, RECEIVE_BYTES)
+        except PermissionError:
+            return socket.SO_RCVBUF if _rmem_max() >= RECEIVE_BYTES else 0
+    return _SO_RCVBUFFORCE
 
 
 def _set_receive_buffer(sock: socket.socket, size: int) -> None:
@@ -73,7 +84,6 @@ def _set_receive_buffer(sock: socket.socket, size: int) -> None:
         sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, size)
 
 
-@functools.cache
 def _rmem_max() -> int:
     return int(Path("/proc/sys/net/core/rmem_max").read_text(encoding="ascii"))
 
@@ -97,12 +107,13 @@ class Relay:
         "written",
     )
 
-    def __init__(self, source: socket.socket, target: socket.socket, buffers: Buffers) -> None:
-        """Copy from `source` to `target`, both non-blocking."""
+    def __init__(
+        self, source: socket.socket, target: socket.socket, buffers: Buffers, *, sent: int = 0
+    ) -> None:
+        """Copy from `source` to `target`, both non-blocking, after `sent` bytes."""
         self.source = source
         self.target = target
-        self.taken = 0
-        self.written = 0
+        self.taken = self.written = sent
         self._buffers = buffers
         self._buffer: memoryview | None = None
         self._pending: memoryview | None = None
@@ -112,6 +123,11 @@ class Relay:
     def is_holding(self) -> bool:
         """Whether bytes were received and not yet sent."""
         return self._pending is not None
+
+    def hold(self, received: bytes) -> None:
+        """Take over what was received elsewhere and is still to be sent."""
+        self.taken += len(received)
+        self._pending = memoryview(received)
 
     def receive(self) -> int | None:
         """Receive once; nothing may be held.
@@ -182,7 +198,7 @@ class Relay:
         """Undo `widen`: the source has been read empty."""
         if self._widenings:
             self._widenings = 0
-            _set_receive_buffer(self.source, _RECEIVE_BYTES)
+            _set_receive_buffer(self.source, RECEIVE_BYTES)
 
     def _is_unanswered(self) -> bool:
         """Tell whether the source's TCP repeats what it has sent to its peer."""

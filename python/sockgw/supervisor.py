@@ -405,10 +405,6 @@ class Supervisor:
             self._datapath.narrow(share.sessions, share.workers)
         others = [bell for index, bell in enumerate(self._bells) if index != share.index]
         self._listener.share(len(share.sessions), partial(_ring, others))
-        # Each process begins with another backend, so that the gateway's
-        # first sessions are spread over all of them.
-        for _ in range(share.index):
-            self._backends.order()
         workers = Workers(
             self._config,
             listener=self._listener,

@@ -14,7 +14,6 @@ import itertools
 import logging
 import os
 import select
-import socket
 import threading
 import time
 from collections import Counter, deque
@@ -22,13 +21,16 @@ from contextlib import suppress
 from functools import partial
 from typing import TYPE_CHECKING, Final
 
-from sockgw.lifetime import Session
+from sockgw.lifetime import Line, Session
 from sockgw.listener import RETRY_S
+from sockgw.log import AccessLog
+from sockgw.loop import WAYS, Handover, Reason, open_loop
 from sockgw.metrics import Tally
-from sockgw.relay import Buffers
-from sockgw.session import End
+from sockgw.relay import Buffers, set_up
+from sockgw.session import End, Path
 
 if TYPE_CHECKING:
+    import socket
     from collections.abc import Callable
 
     from sockgw.backend import Backends
@@ -40,6 +42,16 @@ _log = logging.getLogger("sockgw")
 
 _ACCEPTS: Final = 16
 """Connections accepted before the sessions have their turn."""
+_EOF: Final = (Path.RELAY.value, End.EOF.value)
+"""Path and end of every session that ends in the loop."""
+_BRIEF_S: Final = 0.25
+"""A session that ends this soon has not been worth a pair."""
+_BRIEF_PER_S: Final = 200
+"""So many of them are a rush ..."""
+_WINDOW_S: Final = 0.25
+"""... in each stretch of time this long."""
+_LASTS_S: Final = 0.5
+"""In a rush, a session this old is worth a pair."""
 _RUSH: Final = 1000
 """Sessions after whose end an empty worker returns memory: the interpreter keeps
 whole arenas for a few free objects in each, until a collection drops those
@@ -67,13 +79,22 @@ class Worker:
         self.backends = backends
         self.datapath = datapath
         self.connect_timeout_s = connect_timeout_s
-        self.tally = Tally()
+        self.counting = Tally()
         self.buffers = Buffers()
         self.sessions: set[Session] = set()
         self.paired: dict[int, Session] = {}
         # In the order of their deadlines: each new one is the latest.
         self.dialling: dict[Session, float] = {}
-        self.poller = select.epoll()
+        self.access_log = AccessLog()
+        self.loop = open_loop(
+            backends,
+            datapath,
+            sessions=listener.limit,
+            connect_timeout_s=connect_timeout_s,
+            is_logging=self.access_log.is_enabled,
+        )
+        if datapath is not None:
+            self.loop.handover = Handover.AT_ONCE
         self._idle_timeout_s = idle_timeout_s
         self._on_crash = on_crash
         self._owners: dict[int, Session | Callable[[], None]] = {}
@@ -81,6 +102,10 @@ class Worker:
         self._timer_ids = itertools.count()
         self._buried: list[Session] = []
         self._ended = 0
+        self._round_s = 0.0
+        self._brief = 0
+        self._brief_since_s = 0.0
+        self._is_sweeping = False
         self._discarded: list[socket.socket] = []
         self._warned_reasons = warned_reasons
         self._is_draining = False
@@ -102,6 +127,7 @@ class Worker:
         """Reset every session now."""
 
         def close_all() -> None:
+            self._release(Reason.ASKED, end=end)
             for session in list(self.sessions):
                 session.close(end)
 
@@ -112,10 +138,21 @@ class Worker:
         os.close(self._bell)
 
     @property
-    def active(self) -> dict[str, int]:
+    def tally(self) -> Tally:
+        """What was counted so far."""
+        tally = Tally.merge([self.counting])
+        tally.sessions_total[Path.RELAY.value] += self.loop.connected
+        for way, sent in zip(WAYS, self.loop.sent, strict=True):
+            tally.bytes[way.value, Path.RELAY.value] += sent
+        return tally
+
+    @property
+    def active(self) -> Counter[str]:
         """Open sessions by the path that they are on."""
         # list() copies in one step, while the worker goes on.
-        return Counter(session.path.value for session in list(self.sessions))
+        active = Counter(session.path.value for session in list(self.sessions))
+        active[Path.RELAY.value] += self.loop.open
+        return active
 
     def held_by_kernel(self) -> int:
         """Return the bytes redirected that the targets' TCP has not yet taken."""
@@ -134,13 +171,12 @@ class Worker:
 
     # Called by the sessions.
 
-    def watch(self, sock: socket.socket, mask: int, session: Session) -> None:
-        """Have `session` told of epoll's events of `sock`."""
+    def own(self, sock: socket.socket, session: Session) -> None:
+        """Have `session` told of the loop's events of `sock`."""
         self._owners[sock.fileno()] = session
-        self.poller.register(sock, mask)
 
-    def unwatch(self, sock: socket.socket) -> None:
-        """Stop to watch `sock`, which is about to be closed."""
+    def disown(self, sock: socket.socket) -> None:
+        """Tell of no more: `sock` is about to be closed."""
         self._owners.pop(sock.fileno(), None)
 
     def after(self, delay_s: float, session: Session | None, callback: Callable[[], None]) -> None:
@@ -162,15 +198,15 @@ class Worker:
 
     def prepare(self, sock: socket.socket) -> None:
         """Set up a backend's socket before it connects."""
-        sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        set_up(sock)
         if self.datapath is not None and self.datapath.follows:
             self.datapath.follow(sock)
 
     def connection(self, sock: socket.socket | None) -> Connection | None:
-        """Return what the sockops program saw of `sock`, None without it."""
+        """Return what is known of `sock`; None without the sockops program."""
         if sock is None or self.datapath is None or not self.datapath.follows:
             return None
-        return self.datapath.connection(sock)
+        return self.datapath.statistics(sock)
 
     def warn_refused(self, reason: str, error: DatapathError) -> None:
         """Log, once for each `reason`, that the kernel did not take a session."""
@@ -182,34 +218,65 @@ class Worker:
                 *(reason, error, reason),
             )
 
+    def note_end(self, age_s: float, end: End) -> None:
+        """Learn from a session's end how long sessions last."""
+        if end is End.EOF and age_s < _BRIEF_S:
+            self._brief += 1
+
+    def report(self, line: Line) -> None:
+        """Log a session that has ended, at the end of this round."""
+        fields: dict[str, object] = {
+            "client": line.client,
+            "listener": self.listener.address,
+            "backend": line.backend,
+            "seconds": round(line.age_s, 6),
+            "path": line.path,
+            "end": line.end,
+            "to_backend_splice_bytes": line.moved[0],
+            "to_backend_relay_bytes": line.moved[1],
+            "to_client_splice_bytes": line.moved[2],
+            "to_client_relay_bytes": line.moved[3],
+            "spills": line.spills,
+        }
+        if line.client_connection is not None:
+            fields["client_rtt_us"], fields["client_retransmits"] = line.client_connection
+        if line.backend_connection is not None:
+            fields["backend_rtt_us"], fields["backend_retransmits"] = line.backend_connection
+        self.access_log.add(self._round_s, fields)
+
     # The thread.
 
     def _run(self) -> None:
         try:
             self._set_up()
-            while not (self._is_draining and not self.sessions):
-                for fd, mask in self.poller.poll(self._timeout_s()):
+            while not (self._is_draining and not self.sessions and not self.loop.open):
+                events = self.loop.poll(self._timeout_s())
+                self._round_s = time.time()
+                for fd, mask in events:
                     self._handle(fd, mask)
                 self._run_timers()
+                self._take_over()
                 self._close_buried()
         except BaseException as error:  # noqa: BLE001 - the gateway must not live on without it
             self._on_crash(error)
+            with suppress(Exception):  # as much of it as still can be
+                self._release(Reason.ASKED, end=End.ERROR)
             for session in list(self.sessions):
-                with suppress(Exception):  # as much of it as still can be
+                with suppress(Exception):
                     session.close(End.ERROR)
             self._close_buried()
         finally:
-            self.poller.close()
+            self.loop.close()
 
     def _set_up(self) -> None:
         self._owners[self._bell] = self._on_bell
-        self.poller.register(self._bell, select.EPOLLIN)
+        self.loop.register(self._bell, select.EPOLLIN)
         if self.datapath is not None:
             spill_fd = self.datapath.spill_fd(self.index)
             self._owners[spill_fd] = self._on_spill
-            self.poller.register(spill_fd, select.EPOLLIN)
+            self.loop.register(spill_fd, select.EPOLLIN)
         self._owners[self.listener.socket.fileno()] = self._on_connection
-        self.listener.watch(self.poller)
+        self.listener.watch(self.loop)
         if self._idle_timeout_s:
             self._sweep()
 
@@ -246,6 +313,7 @@ class Worker:
             self._guarded(session, session.on_dial_timeout)
 
     def _close_buried(self) -> None:
+        self.access_log.flush()
         for sock in self._discarded:
             sock.close()
         self._discarded.clear()
@@ -255,12 +323,37 @@ class Worker:
                 del self.paired[self.datapath.key(session.pair)]
                 self.datapath.unpair(session.pair)
             self.sessions.discard(session)
-            self.listener.leave()
-        self._ended += len(self._buried)
-        self._buried.clear()
+        if self._buried:
+            self.listener.leave(len(self._buried))
+            self._ended += len(self._buried)
+            self._buried.clear()
         if self._ended >= _RUSH and not self.sessions:
             self._ended = 0
             gc.collect()
+
+    def _take_over(self, end: End | None = None) -> None:
+        """Go on with, or `end`, what the loop has released; report what ended in it."""
+        for released in self.loop.released():
+            session = Session(self, released)
+            self.sessions.add(session)
+            self._guarded(session, partial(session.start, released))
+            if end is not None:
+                self._guarded(session, partial(session.close, end))
+        ended = self.loop.ended()
+        if not ended:
+            return
+        self.listener.leave(len(ended))
+        self.counting.sessions_ended[End.EOF.value] += len(ended)
+        is_logging = self.access_log.is_enabled
+        for one in ended:
+            if one.age_s < _BRIEF_S:
+                self._brief += 1
+            if is_logging:
+                moved = (0, one.to_backend_bytes, 0, one.to_client_bytes)
+                name = self.backends.name(one.turn)
+                self.report(
+                    Line(one.client_name, name, one.age_s, *_EOF, moved, 0, one.client, one.backend)
+                )
 
     def _guarded(self, session: Session, call: Callable[[], None]) -> None:
         """Call into `session`; a bug that shows there ends that session alone."""
@@ -284,17 +377,49 @@ class Worker:
                 self._guarded(session, partial(session.on_spill, is_to_backend=is_to_backend))
 
     def _on_connection(self) -> None:
-        for _ in range(_ACCEPTS):
-            try:
-                accepted = self.listener.accept()
-            except OSError:
-                self.after(RETRY_S, None, self.listener.resume)
-                return
-            if accepted is None:
-                return
-            session = Session(self, *accepted)
-            self.sessions.add(session)
-            self._guarded(session, session.start)
+        if self.datapath is not None:
+            self._choose_handover()
+        try:
+            self.listener.accept(self.loop.accept, _ACCEPTS)
+        except OSError:
+            self.after(RETRY_S, None, self.listener.resume)
+
+    def _choose_handover(self) -> None:
+        """Pair at once, or, while sessions come and go, only what lasts.
+
+        To pair and to unpair costs as much as a whole short session on the
+        relay.
+        """
+        now_s = time.monotonic()
+        window_s = now_s - self._brief_since_s
+        if window_s < _WINDOW_S:
+            return
+        is_rush = self._brief >= _BRIEF_PER_S * window_s
+        self.loop.handover = Handover.AT_SECOND if is_rush else Handover.AT_ONCE
+        self._brief, self._brief_since_s = 0, now_s
+        if is_rush and not self._is_sweeping:
+            self._is_sweeping = True
+            self.after(_LASTS_S, None, self._hand_over)
+
+    def _hand_over(self) -> None:
+        """Pair the sessions that have turned out to last."""
+        self._is_sweeping = False
+        self._release(Reason.HANDOVER, age_s=_LASTS_S)
+        if self.loop.open:
+            self._is_sweeping = True
+            self.after(_LASTS_S / 2, None, self._hand_over)
+
+    def _release(
+        self,
+        reason: Reason,
+        *,
+        quiet_s: float = 0.0,
+        age_s: float = 0.0,
+        end: End | None = None,
+    ) -> None:
+        """Have the loop release sessions; `end` them, or go on with them."""
+        while self.loop.release(reason=reason, quiet_s=quiet_s, age_s=age_s):
+            self._take_over(end)
 
     def _drain(self) -> None:
         self._is_draining = True
@@ -302,6 +427,7 @@ class Worker:
     def _sweep(self) -> None:
         """Look for idle sessions, four times in the time that makes one."""
         now_s = time.monotonic()
+        self._release(Reason.ASKED, quiet_s=self._idle_timeout_s, end=End.IDLE_TIMEOUT)
         for session in list(self.sessions):
             session.reset_if_idle(now_s, self._idle_timeout_s)
         self.after(min(max(self._idle_timeout_s / 4, 0.05), 30.0), None, self._sweep)

@@ -42,6 +42,7 @@ def measure(
         memory_before = accounting.kernel_memory()
         server = workload.start_server(programs, setting.workers, setting.nofile)
         running = opponent.start(programs, server.port, setting)
+        holder = workload.hold_idle(programs, running.address, server)
         warm_up = workload.warm_up(running.address, timing)
         if warm_up:
             programs.start(*warm_up).output_of_end(within_s=timing.warm_up_s + _GRACE_S)
@@ -49,6 +50,7 @@ def measure(
         load = programs.start(*workload.load(running.address, timing))
         spenders = {
             load.pid: Spender.LOAD,
+            **({holder.pid: Spender.LOAD} if holder else {}),
             server.program.pid: Spender.BACKEND,
             **{program.pid: Spender.GATEWAY for program in running.programs},
         }
@@ -71,6 +73,8 @@ def measure(
 
         found = workload.parse(load.output_of_end(within_s=_GRACE_S))
         facts = running.facts()
+        if holder and holder.has_ended:
+            raise BenchError(f"idle sessions: {holder.complaint()}")
     operations = served or found.throughput * workload.operations_per_unit * spent.window_s
     if operations <= 0:
         raise BenchError("nothing came through")

@@ -12,7 +12,9 @@ from __future__ import annotations
 
 import abc
 import functools
+import importlib.util
 import re
+import shutil
 import sys
 import urllib.request
 from dataclasses import dataclass, field
@@ -278,7 +280,7 @@ class Sockgw(Opponent):
             *(_sockgw(), "run", "--listen", f"{HOST}:0", "--backend", f"{HOST}:{backend_port}"),
             *("--accel", self.accel, "--metrics", f"{HOST}:0", *workers),
         )
-        ready = re.compile(r"listening on (\S+), .*path (\w+), metrics (\S+)")
+        ready = re.compile(r"listening on (\S+), .*path (\w+), metrics ([^\s,]+)")
 
         def said() -> re.Match[str] | None:
             return ready.search(program.stderr_path.read_text(errors="replace"))
@@ -299,10 +301,10 @@ class Sockgw(Opponent):
         return _too_many(_share(setting.connections, processes) * 2 + _SPARE_FDS, setting)
 
     def version(self) -> str:
-        """Return sockgw's own words, if this path works here."""
+        """Return sockgw's own words and the commit, if this path works here."""
         if self.accel != "off" and run(_sockgw(), "check").returncode:
             raise BenchError("does not work here: see `sockgw check`")
-        return first_line(_sockgw(), "--version")
+        return f"{first_line(_sockgw(), '--version')}{_sockgw_commit()}"
 
 
 OPPONENTS: Final[tuple[Opponent, ...]] = (
@@ -358,6 +360,17 @@ def _too_many(fds: int, setting: Setting) -> str | None:
 def _sockgw() -> str:
     beside = Path(sys.executable).parent / "sockgw"
     return str(beside) if beside.exists() else find("sockgw")
+
+
+def _sockgw_commit() -> str:
+    """Return the commit of the checkout that sockgw runs from, "dirty" if changed since."""
+    package = importlib.util.find_spec("sockgw")
+    git = shutil.which("git")
+    if git is None or package is None or package.origin is None:
+        return ""
+    source = Path(package.origin).parent
+    described = run(git, "-C", str(source), "describe", "--always", "--dirty", "--exclude=*")
+    return "" if described.returncode else f", {described.stdout.strip()}"
 
 
 @functools.cache

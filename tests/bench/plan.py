@@ -13,7 +13,7 @@ import os
 import resource
 import subprocess
 import time
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Final, NoReturn
 
 from . import accounting, results
@@ -31,7 +31,7 @@ if TYPE_CHECKING:
 _LOOK_AROUND_S: Final = 1.0
 _LONG_FROM: Final = 10_000
 _LONG_FACTOR: Final = 3
-"""So many connections take a while to open, and the load is that much longer."""
+"""So many connections take a while to open, and warm-up and load are that much longer."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -48,7 +48,7 @@ class Plan:
 
 
 ALL: Final = tuple(workload.name for workload in WORKLOADS)
-FULL: Final = Plan(workloads=ALL, rounds=5, timing=Timing(warm_up_s=2, duration_s=6))
+FULL: Final = Plan(workloads=ALL, rounds=5, timing=Timing(warm_up_s=1, duration_s=3))
 QUICK: Final = Plan(
     workloads=(
         *("keepalive-1", "keepalive-100", "keepalive-1000", "new-connections"),
@@ -119,12 +119,13 @@ class Run:
         self.results.dump(save_to)
 
     def _measure(self, workload: Workload, opponent: Opponent, number: int) -> None:
-        setting = Setting(self._plan.workers, workload.connections, self._nofile)
+        connections = workload.connections + workload.idle
+        setting = Setting(self._plan.workers, connections, self._nofile)
         reason = opponent.obstacle(setting)
         if reason is None:
             timing = self._plan.timing
             if workload.connections >= _LONG_FROM:
-                timing = replace(timing, duration_s=timing.duration_s * _LONG_FACTOR)
+                timing = Timing(timing.warm_up_s * _LONG_FACTOR, timing.duration_s * _LONG_FACTOR)
             try:
                 self.results.measurements.append(
                     measure(workload, opponent, setting, timing, number)

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import io
 import statistics
 from typing import TYPE_CHECKING, Final
 
@@ -10,6 +11,7 @@ import matplotlib as mpl
 
 mpl.use("Agg")  # before pyplot: there may be no display
 from matplotlib import pyplot as plt
+from PIL import Image
 
 from .opponents import OPPONENTS
 from .workloads import WORKLOADS, Http
@@ -21,12 +23,16 @@ if TYPE_CHECKING:
     from .results import Measurement, Results
     from .workloads import Workload
 
-_KEEPALIVE: Final = tuple(one for one in WORKLOADS if isinstance(one, Http) and one.keep_alive)
+_KEEPALIVE: Final = tuple(
+    one for one in WORKLOADS if isinstance(one, Http) and one.keep_alive and not one.idle
+)
 _PLOTS: Final[dict[str, tuple[str, bool, Callable[[Measurement], float]]]] = {
     "throughput": ("requests/s", False, lambda one: one.throughput),
     "p99": ("p99, µs", True, lambda one: one.latency_us["p99"]),
     "cpu": ("CPU of the machine, µs per request", False, lambda one: one.machine_cpu_us),
 }
+_DPI: Final = 140
+_COLOURS_IN_FILE: Final = 64
 # Ours are drawn strongest; the order is that of the tables.
 _COLOURS: Final = ("0.6", "#4477aa", "#228833", "#aa3377", "#66ccee", "#ccbb44", "#ee6677")
 
@@ -36,6 +42,8 @@ def draw(results: Results, directory: Path) -> list[Path]:
     points = [
         one for one in _KEEPALIVE if any(m.workload == one.name for m in results.measurements)
     ]
+    for name in _PLOTS:  # of an earlier run
+        (directory / f"{name}.png").unlink(missing_ok=True)
     if len(points) < 2:
         return []
     return [_draw_one(results, points, name, directory) for name in _PLOTS]
@@ -81,7 +89,10 @@ def _draw_one(results: Results, points: Sequence[Workload], name: str, directory
         axes.set_ylim(bottom=0)
     axes.grid(alpha=0.3)
     axes.legend(loc="center left", bbox_to_anchor=(1, 0.5), frameon=False)
-    path = directory / f"{name}.png"
-    figure.savefig(path, dpi=120)
+    drawn = io.BytesIO()
+    figure.savefig(drawn, dpi=_DPI)
     plt.close(figure)
+    path = directory / f"{name}.png"
+    # It is committed with every full run: in a palette it is a third as large.
+    Image.open(drawn).convert("RGB").quantize(_COLOURS_IN_FILE).save(path, optimize=True)
     return path

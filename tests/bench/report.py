@@ -1,9 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What was measured, as Markdown: targets first, then where sockgw loses, then everything."""
+"""What was measured, as Markdown: the table of what matters, what was missed, then everything."""
 
 from __future__ import annotations
 
-import shutil
 import statistics
 from pathlib import Path
 from typing import TYPE_CHECKING, Final
@@ -13,12 +12,16 @@ from .opponents import OPPONENTS, SOCKGW_PATHS
 from .results import Measurement, Results, Spread, ratio
 from .targets import (
     GATEWAY_CPU,
+    IDLE,
     MACHINE_CPU,
     P99,
     SWITCHES,
     THROUGHPUT,
+    WITHOUT_IDLE,
     Figure,
+    Target,
     against_best,
+    against_itself,
     best,
     targets,
 )
@@ -28,9 +31,12 @@ if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator
 
 _METHOD: Final = Path(__file__).parent / "method.md"
+_NOTES: Final = Path(__file__).parent / "notes.md"
+"""Written by hand, and on the page of every full run once there is more than its heading."""
 _MIB: Final = 1 << 20
 _NOISE: Final = 0.05
 """Share of the machine that, taken by others, makes a figure doubtful."""
+_MANY_SESSIONS: Final = 1000
 _TITLES: Final = {one.name: one.title for one in OPPONENTS}
 _WORKLOADS: Final = {one.name: one for one in WORKLOADS}
 
@@ -44,10 +50,18 @@ _CLAIMS: Final = (
     (THROUGHPUT, 87),
     (SWITCHES, -90),
 )
+_CLAIM_UNITS: Final = {
+    P99: ", µs",
+    MACHINE_CPU: ", µs/request",
+    GATEWAY_CPU: ", µs/request",
+    THROUGHPUT: ", requests/s",
+    SWITCHES: " per request",
+}
 _CLAIMED_AT: Final = "keepalive-10000"
 _REPEAT: Final = """\
-`make bench`, on a machine that does nothing else, installs what is missing, takes about an hour
-and rewrites this page. `make bench-quick` takes four minutes and writes to `.bench/quick/`. A part:
+`make bench`, on a machine that does nothing else, installs what is missing, takes 40 minutes
+and rewrites this page; what it says of missed rows comes from [notes.md](../tests/bench/notes.md).
+`make bench-quick` takes four minutes and writes to `.bench/quick/`. A part:
 
 ```
 .venv/bin/python -m tests.bench --rounds 3 --output /tmp/bench \\
@@ -61,21 +75,24 @@ Each of this run's {count} measurements, with the settings, and what each gatewa
 def write(results: Results, directory: Path) -> Path:
     """Write benchmarks.md, and beside it benchmarks/ with plots and JSON; return the former."""
     beside = directory / "benchmarks"
-    if beside.exists():
-        shutil.rmtree(beside)
-    beside.mkdir(parents=True)
+    beside.mkdir(parents=True, exist_ok=True)
     results.dump(beside / "results.json")
     pictures = plots.draw(results, beside)
     path = directory / "benchmarks.md"
     sections = (
         _head(results),
+        _overview_section(results),
         _target_section(results),
-        _claim_section(results),
+        _NOTES.read_text().replace("# ", "## ", 1) if _has_notes(results) else "",
         _loss_section(results),
+        _claim_section(results),
+        _idle_section(results),
         _picture_section(path.parent, pictures),
-        *(_workload_section(results, workload) for workload in WORKLOADS),
         _omission_section(results),
+        "## Everything\n",
+        *(_workload_section(results, workload) for workload in WORKLOADS),
         f"## Method\n\n{_METHOD.read_text()}",
+        _version_section(results),
         _repeat_section(results),
     )
     path.write_text("\n".join(section for section in sections if section))
@@ -115,11 +132,20 @@ def _head(results: Results) -> str:
         "# sockgw beside haproxy, nginx, Envoy, Go and no proxy",
         "",
         (
-            f"{'All' if settings['is_full'] else 'A part'} of the benchmark, run at"
-            f" {results.started}: {rounds} rounds of {timing['duration_s']} s, after"
-            f" {timing['warm_up_s']} s of warm-up."
+            "A client, a proxy and a server on one machine, over loopback: how much comes through,"
+            " how late, and what it costs the whole machine. Public tools make the load; the"
+            " proxies take turns, in the same run."
         ),
-        *([] if settings["is_full"] else ["**A short run: its ratios are hints.**"]),
+        "",
+        (
+            f"{'All' if settings['is_full'] else 'A part'} of the benchmark, run at"
+            f" {results.started}; rounds: {rounds}, each measurement"
+            f" {timing['duration_s']} s after {timing['warm_up_s']} s of warm-up."
+            " Figures are medians of the rounds"
+            " (lowest-highest)."
+        ),
+        *([] if settings["is_full"] else ["", "**A short run: its ratios are hints.**"]),
+        "",
         *_noise(results),
     ]
     memory_gib = machine["memory_bytes"] / (1 << 30)
@@ -133,35 +159,79 @@ def _head(results: Results) -> str:
             f" {settings['nofile']:,} descriptors a process."
         ),
         "",
-        "| | version |",
+    ]
+    return "\n".join(lines)
+
+
+def _overview_section(results: Results) -> str:
+    names = [name for name in _TITLES if any(one.opponent == name for one in results.measurements)]
+    rows = []
+    for workload in WORKLOADS:
+        medians = {
+            name: statistics.median(one.throughput for one in found)
+            for name in names
+            if (found := results.of(workload.name, name))
+        }
+        most = max((value for name, value in medians.items() if name != "none"), default=None)
+        cells = (
+            "-"
+            if (value := medians.get(name)) is None
+            else f"**{_number(value)}**"
+            if value == most and name != "none"
+            else _number(value)
+            for name in names
+        )
+        if medians:
+            rows.append(f"| {workload.title} | {workload.unit} | {' | '.join(cells)} |")
+    return _section(
+        "Throughput in one table",
+        "Bold: the fastest proxy.",
+        "",
+        f"| workload | | {' | '.join(_TITLES[name] for name in names)} |",
+        "|---|---" + "|---:" * len(names) + "|",
+        *rows,
+    )
+
+
+def _version_section(results: Results) -> str:
+    return _section(
+        "Versions",
+        "| | |",
         "|---|---|",
         *(
             f"| {_TITLES.get(name, name)} | {version} |"
             for name, version in results.versions.items()
             if name != "none"
         ),
-        "",
-    ]
-    return "\n".join(lines)
+    )
+
+
+def _has_notes(results: Results) -> bool:
+    _heading, _, notes = _NOTES.read_text().partition("\n")
+    return results.settings["is_full"] and bool(notes.strip())
 
 
 def _target_section(results: Results) -> str:
     rows = []
     for target in targets():
-        found, against = against_best(results, target.workload, target.figure, target.accel)
-        if found is None:
+        if target.workload not in results.settings["workloads"]:
             continue
+        found, against = target.found(results)
         sign = "≥" if target.figure.more_is_better else "≤"
+        against = "itself without" if target.baseline else _TITLES.get(against, "-")
         rows.append(
             f"| {_WORKLOADS[target.workload].title} | {target.figure.name} | {target.accel}"
-            f" | {sign} {target.bound:g} | {_ratio(found)} | {_TITLES[against]}"
-            f" | {'yes' if target.is_reached(found) else '**no**'} |"
+            f" | {sign} {target.bound:g} | {_ratio(found) if found else '-'} | {against}"
+            f" | {_verdict(results, target, found)} |"
         )
     if not rows:
         return ""
     return _section(
         "What sockgw must reach",
-        "Ratios against the best of haproxy, nginx and Envoy.",
+        (
+            "Ratios against the best of haproxy, nginx and Envoy in that figure; beside idle"
+            " sessions, against sockgw without them."
+        ),
         "",
         "| workload | of | path | wanted | found | against | reached |",
         "|---|---|---|---|---|---|---|",
@@ -169,25 +239,64 @@ def _target_section(results: Results) -> str:
     )
 
 
+def _verdict(results: Results, target: Target, found: Spread | None) -> str:
+    if found is None:
+        return "not measured"
+    errors = _errors(results.of(target.workload, f"sockgw-{target.accel}"))
+    if errors:
+        return f"**no**: {errors:,} errors"
+    return "yes" if target.is_reached(found) else "**no**"
+
+
 def _claim_section(results: Results) -> str:
+    if _CLAIMED_AT not in results.settings["workloads"]:
+        return ""
     rows = []
     for figure, claimed in _CLAIMS:
         ours = results.values(_CLAIMED_AT, "sockgw-splice", figure.of)
-        found = [
-            ratio(ours, results.values(_CLAIMED_AT, name, figure.of))
-            for name in ("go", "sockgw-off")
-        ]
-        if any(found):
-            cells = " | ".join(_change(one) for one in found)
-            rows.append(f"| {figure.name} | {claimed:+d} % | {cells} |")
+        cells = [f"{claimed:+d} %", _spread(list(ours.values()))]
+        for name in ("go", "sockgw-off"):
+            theirs = results.values(_CLAIMED_AT, name, figure.of)
+            cells += [_spread(list(theirs.values())), _change(ratio(ours, theirs))]
+        rows.append(f"| {figure.name}{_CLAIM_UNITS[figure]} | {' | '.join(cells)} |")
+    return _section(
+        "The original table",
+        (
+            "Splice at 10,000 connections and 1 KiB: what the project's first description claimed"
+            " against a Go proxy, and what is true here, against that and against our own relay."
+        ),
+        "",
+        "| | claimed | splice | Go | splice against Go | relay | splice against the relay |",
+        "|---|---:|---:|---:|---:|---:|---:|",
+        *rows,
+    )
+
+
+def _idle_section(results: Results) -> str:
+    rows = []
+    for name in _TITLES:
+        without = results.values(WITHOUT_IDLE, name, THROUGHPUT.of)
+        beside = results.values(IDLE, name, THROUGHPUT.of)
+        if without and beside:
+            changes = (
+                _change(against_itself(results, IDLE, WITHOUT_IDLE, figure, name))
+                for figure in (THROUGHPUT, P99, MACHINE_CPU)
+            )
+            values = (_spread(list(found.values())) for found in (without, beside))
+            rows.append(f"| {_TITLES[name]} | {' | '.join((*values, *changes))} |")
     if not rows:
         return ""
     return _section(
-        "The original table",
-        "Splice at 10,000 connections and 1 KiB, and what was claimed for it.",
+        "Beside idle sessions",
+        (
+            f"{_WORKLOADS[IDLE].connections} busy connections alone, and beside"
+            f" {_WORKLOADS[IDLE].idle:,} sessions that have asked once and say nothing more. The"
+            " changes are round by round. Who cannot hold these in one process runs as several"
+            " here, which is part of the change."
+        ),
         "",
-        "| | claimed | against Go | against the relay |",
-        "|---|---|---|---|",
+        "| | alone, requests/s | beside idle ones | throughput | p99 | CPU of the machine |",
+        "|---|---:|---:|---:|---:|---:|",
         *rows,
     )
 
@@ -256,9 +365,27 @@ def _workload_section(results: Results, workload: Workload) -> str:
     if not rows:
         return ""
     heading = workload.title[0].upper() + workload.title[1:]
-    return _section(
-        heading, f"| {' | '.join(cells)} |", "|---" + "|---:" * (len(cells) - 1) + "|", *rows
+    header = f"| {' | '.join(cells)} |"
+    rule = "|---" + "|---:" * (len(cells) - 1) + "|"
+    return "\n".join(
+        (f"### {heading}", "", header, rule, *rows, "", *_relayed_lines(results, workload))
     )
+
+
+def _relayed_lines(results: Results, workload: Workload) -> list[str]:
+    """Say how few of splice's sessions were spliced, if so and they are many."""
+    counted = [one.sessions() for one in results.of(workload.name, "sockgw-splice")]
+    spliced = sum(one.get("splice", 0) for one in counted)
+    sessions = sum(sum(one.values()) for one in counted)
+    if sessions < _MANY_SESSIONS or spliced >= 0.99 * sessions:
+        return []
+    return [
+        (
+            f"With splice, {spliced / sessions:.0%} of all {sessions:,.0f} sessions (warm-up"
+            " included) were spliced; the others were relayed."
+        ),
+        "",
+    ]
 
 
 def _row(

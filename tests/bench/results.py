@@ -9,6 +9,7 @@ import os
 import platform
 import re
 import statistics
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -77,6 +78,15 @@ class Measurement:
         """Context switches of the whole machine for one operation."""
         return self.spent.machine_switches / self.operations
 
+    def sessions(self) -> Counter[str]:
+        """Return how many sessions took each path, by sockgw's own count."""
+        counted: Counter[str] = Counter()
+        for name, value in self.facts.items():
+            path = re.match(r'gateway_sessions_total\{.*\bpath="(\w+)"', name)
+            if path:
+                counted[path[1]] += int(value)
+        return counted
+
     @property
     def other_load(self) -> float:
         """Share of the machine that processes took which have no part in this, or that was stolen.
@@ -132,9 +142,11 @@ class Results:
             self.omissions.append(omission)
 
     def dump(self, path: Path) -> None:
-        """Write it as JSON."""
-        text = json.dumps({"schema": SCHEMA, **dataclasses.asdict(self)}, indent=1)
-        path.write_text(text + "\n")
+        """Write it as JSON, a line for each measurement."""
+        said = {"schema": SCHEMA, **dataclasses.asdict(self)}
+        rows = ",\n".join(json.dumps(_rounded(one)) for one in said.pop("measurements"))
+        head = json.dumps(said, indent=1).removesuffix("\n}")
+        path.write_text(f'{head},\n "measurements": [\n{rows}\n ]\n}}\n')
 
     @classmethod
     def load(cls, path: Path) -> Results:
@@ -147,6 +159,15 @@ class Results:
         ]
         said["omissions"] = [Omission(**one) for one in said["omissions"]]
         return cls(**said)
+
+
+def _rounded(value: object) -> object:
+    """Return JSON's `value` without the digits that mean nothing: below a microsecond."""
+    if isinstance(value, dict):
+        return {name: _rounded(one) for name, one in value.items()}
+    if isinstance(value, list):
+        return [_rounded(one) for one in value]
+    return round(value, 6) if isinstance(value, float) else value
 
 
 @dataclass(frozen=True, slots=True)

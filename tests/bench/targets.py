@@ -1,5 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What sockgw must reach: which figure of which workload, against the best of the others."""
+"""What sockgw must reach: which figure of which workload, and against whom.
+
+That is the best of the others, or, for the idle sessions, sockgw without them.
+"""
 
 from __future__ import annotations
 
@@ -13,6 +16,8 @@ from .results import Metric, Results, Spread, ratio
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
+IDLE: Final = "idle-10000"
+WITHOUT_IDLE: Final = "keepalive-100"
 _CONTENDERS: Final = tuple(one.name for one in OPPONENTS if one.is_contender)
 
 
@@ -34,12 +39,21 @@ SWITCHES: Final = Figure("context switches of the proxy", lambda one: one.gatewa
 
 @dataclass(frozen=True, slots=True)
 class Target:
-    """A ratio, against the best contender, that a path of sockgw must reach."""
+    """A ratio that a path of sockgw must reach."""
 
     workload: str
     figure: Figure
     accel: str
     bound: float
+    baseline: str | None = None
+    """The workload under which the same path is the measure, instead of the best contender."""
+
+    def found(self, results: Results) -> tuple[Spread | None, str]:
+        """Return the ratio, and to which opponent it is."""
+        if self.baseline is None:
+            return against_best(results, self.workload, self.figure, self.accel)
+        name = f"sockgw-{self.accel}"
+        return against_itself(results, self.workload, self.baseline, self.figure, name), name
 
     def is_reached(self, found: Spread) -> bool:
         """Return whether the median is on the right side."""
@@ -69,6 +83,8 @@ def targets() -> Iterator[Target]:
     ):
         yield Target(workload, THROUGHPUT, "splice", least)
         yield Target(workload, THROUGHPUT, "off", least)
+    yield Target(IDLE, THROUGHPUT, "splice", 0.95, WITHOUT_IDLE)
+    yield Target(IDLE, THROUGHPUT, "off", 0.95, WITHOUT_IDLE)
 
 
 def best(results: Results, workload: str, figure: Figure) -> str | None:
@@ -93,6 +109,13 @@ def against_best(
     if against is None or not ours:
         return None, ""
     return ratio(ours, _values(results, workload, against, figure)), against
+
+
+def against_itself(
+    results: Results, workload: str, baseline: str, figure: Figure, name: str
+) -> Spread | None:
+    """Return an opponent's ratio under `workload` to the same under `baseline`."""
+    return ratio(_values(results, workload, name, figure), _values(results, baseline, name, figure))
 
 
 def _values(results: Results, workload: str, name: str, figure: Figure) -> dict[int, float]:

@@ -13,22 +13,33 @@ import json
 import re
 import socket
 import string
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Final
 
-from .processes import BenchError, Program, Programs, find, first_line, unused_port
+from .processes import (
+    BenchError,
+    Program,
+    Programs,
+    find,
+    first_line,
+    unused_port,
+    wait_until,
+)
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
 CONFIGS = Path(__file__).parent / "configs"
+_HOLDER = Path(__file__).parent / "idle.py"
 HOST = "127.0.0.1"
 BODY_BYTES: Final = 1024
 _MESSAGE_BYTES: Final = 64
 _MESSAGES_PER_S: Final = 10_000
 _SMALL_WRITE_BYTES: Final = 1400
 _STATUS_TIMEOUT_S = 5.0
+_IDLE_S = 60.0  # for all idle sessions to be open
 _SETTLE_S = 0.1
 # sockperf 3.7 sends a few messages, waits, measures for as long as it was
 # asked to, and leaves the first 0.4 s of that out. The wait was measured.
@@ -75,6 +86,8 @@ class Workload(abc.ABC):
     """As in results and on the command line: `keepalive-100`."""
     title: str
     connections: int
+    idle: int = 0
+    """Sessions that are open beside these and say nothing."""
     unit: ClassVar[str]
     operation: ClassVar[str]
     """What CPU time is divided by: request, MB."""
@@ -108,6 +121,25 @@ class Workload(abc.ABC):
         del address, timing
         return None
 
+    def hold_idle(self, programs: Programs, address: str, server: Server) -> Program | None:
+        """Open the idle sessions, if there are any; they last as long as the program.
+
+        Raises BenchError when not all of them reach the backend.
+        """
+        status = server.status
+        if not self.idle or status is None:
+            return None
+        host, _, port = address.rpartition(":")
+        holder = programs.start(sys.executable, str(_HOLDER), host, port, str(self.idle))
+        wait_until(
+            lambda: holder.has_ended or status()[0] >= self.idle,
+            within_s=_IDLE_S,
+            what=f"{self.idle:,} idle sessions were not open",
+        )
+        if holder.has_ended:
+            raise BenchError(f"idle sessions: {holder.complaint()}")
+        return holder
+
 
 @dataclass(frozen=True)
 class Http(Workload):
@@ -116,6 +148,7 @@ class Http(Workload):
     name: str
     title: str
     connections: int
+    idle: int = 0
     keep_alive: bool = True
 
     unit = "requests/s"
@@ -135,7 +168,7 @@ class Http(Workload):
             body="x" * BODY_BYTES,
         )
         program = programs.start(*nginx(path), listens_on=port)
-        open_connections = self.connections if self.keep_alive else 0
+        open_connections = self.connections + self.idle if self.keep_alive else 0
         return Server(port, program, lambda: _stub_status(status_port), open_connections)
 
     def warm_up(self, address: str, timing: Timing) -> list[str] | None:
@@ -309,6 +342,10 @@ class Messages(Workload):
 WORKLOADS: Final[tuple[Workload, ...]] = (
     Http("keepalive-1", "1 KiB keep-alive requests, 1 connection", 1),
     Http("keepalive-100", "1 KiB keep-alive requests, 100 connections", 100),
+    Http(
+        *("idle-10000", "1 KiB keep-alive requests, 100 connections beside 10,000 idle", 100),
+        idle=10_000,
+    ),
     Http("keepalive-1000", "1 KiB keep-alive requests, 1,000 connections", 1000),
     Http("keepalive-10000", "1 KiB keep-alive requests, 10,000 connections", 10_000),
     Http(

@@ -177,11 +177,11 @@ def test_worker_that_dies_takes_its_process_along(
     os.set_blocking(bomb, False)
     real = Listener.accept
 
-    def accept(listener: Listener) -> Any:
+    def accept(listener: Listener, *arguments: Any) -> Any:
         with contextlib.suppress(BlockingIOError):
             os.read(bomb, 1)
             raise RuntimeError("the worker broke")
-        return real(listener)
+        return real(listener, *arguments)
 
     monkeypatch.setattr(Listener, "accept", accept)
     gateway = start()

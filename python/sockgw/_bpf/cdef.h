@@ -96,6 +96,11 @@ struct sgw_tcp {
 
 int sgw_tcp(int fd, struct sgw_tcp *tcp);
 
+/* Look a connection up in sock_stats; map -1: all zero. established_ns is 0 when
+ * nothing is known.
+ */
+void sgw_stats(int map, int fd, struct sock_stats *stats);
+
 struct sgw_ring;
 
 /* Make a ring of spill records: a map's fd, or -errno. */
@@ -104,3 +109,103 @@ struct sgw_ring *sgw_ring_open(int map);
 void sgw_ring_close(struct sgw_ring *ring);
 /* Take up to max records: their number, or -errno. */
 int sgw_ring_drain(struct sgw_ring *ring, uint32_t *slots, int max);
+
+/* A worker's event loop (loop.c). */
+
+#define SGW_COPY_BYTES 262144
+
+enum sgw_handover { /* when a session is released for a faster path */
+	SGW_NEVER,
+	SGW_AT_ONCE, /* when its backend has answered the dial */
+	SGW_AT_SECOND, /* at the client's first bytes after an answer */
+};
+
+enum sgw_reason {
+	SGW_CONNECTED, /* its backend has answered the dial */
+	SGW_HANDOVER, /* what sgw_handover said has come */
+	SGW_ASKED, /* sgw_loop_release() */
+	SGW_DIAL_FAILED, /* by error */
+	SGW_FAILED, /* the socket that feeds way, by error if that is not 0 */
+	SGW_FULL, /* held is what way's target has no room for */
+	SGW_NO_MEMORY, /* the same, but it is lost */
+};
+
+struct sgw_event {
+	int fd;
+	uint32_t events;
+};
+
+struct sgw_released {
+	enum sgw_reason reason;
+	uint32_t way; /* SOCK_SLOT_TO_... */
+	int error;
+	int client;
+	int backend; /* -1: there is no socket */
+	int client_family;
+	int backend_family;
+	bool is_connected;
+	uint32_t turn;
+	uint64_t age_ns;
+	uint64_t bytes[2]; /* sent on, by way */
+	bool is_ended[2]; /* its FIN is passed on, by way */
+	char *held; /* to be freed with free() */
+	size_t held_bytes;
+	char client_name[56];
+};
+
+struct sgw_ended { /* a session that ended without having been released */
+	uint32_t turn;
+	uint64_t age_ns;
+	uint64_t bytes[2];
+	struct sock_stats stats[2]; /* of the client, the backend */
+	char client_name[56];
+};
+
+struct sgw_loop {
+	enum sgw_handover handover; /* may be set at any time */
+	/* Sessions now with the loop; sessions that reached a backend with it, and
+	 * bytes that it sent on, since it was opened.
+	 */
+	uint32_t open;
+	uint64_t connected;
+	uint64_t bytes[2];
+	const struct sgw_event *events;
+	int released_count; /* for the caller to set back to 0 */
+	int ended_count;
+	const struct sgw_released *released;
+	const struct sgw_ended *ended;
+};
+
+struct sgw_loop_settings {
+	uint32_t sessions; /* at most so many at once */
+	uint64_t connect_timeout_ns;
+	int receive_option; /* SO_RCVBUF or SO_RCVBUFFORCE of a backend's socket */
+	int receive_bytes; /* 0: leave it to the kernel */
+	int stats_map; /* -1: none */
+	bool is_logging; /* whether names and stats of ended sessions are wanted */
+	uint64_t *turns; /* sessions begun, by all that share the backends */
+};
+
+/* NULL: no memory, or no descriptor. */
+struct sgw_loop *sgw_loop_open(const struct sgw_loop_settings *settings);
+/* Stop watching; the counts can still be read. */
+void sgw_loop_close(struct sgw_loop *loop);
+void sgw_loop_free(struct sgw_loop *loop);
+/* Add a backend to the rotation: 0 or -errno. */
+int sgw_loop_target(struct sgw_loop *loop, int family, const char *host, int port, uint32_t scope);
+enum sgw_operation { SGW_ADD = 1, SGW_DEL = 2, SGW_MOD = 3 }; /* EPOLL_CTL_... */
+/* epoll_ctl() for a descriptor of the caller's: 0 or -errno. */
+int sgw_loop_control(struct sgw_loop *loop, enum sgw_operation operation, int fd, uint32_t events);
+/* Accept and dial; the number of sessions begun, or -errno. */
+int sgw_loop_accept(struct sgw_loop *loop, int listener, int most);
+/* Serve the loop's sessions until there is something to tell: an event of the
+ * caller's descriptors, whose number is returned; a session ended or released;
+ * the timeout (-1: none) or a signal. -errno if it cannot go on.
+ */
+int sgw_loop_wait(struct sgw_loop *loop, int64_t timeout_ns);
+/* Release what was silent for quiet_ns and open for age_ns, or (0 and 0) every
+ * session; the number released, to be repeated until that is 0.
+ */
+int sgw_loop_release(struct sgw_loop *loop, enum sgw_reason reason, uint64_t quiet_ns,
+		     uint64_t age_ns);
+void free(void *memory);

@@ -235,6 +235,23 @@ int sgw_tcp(int fd, struct sgw_tcp *tcp)
 	return 0;
 }
 
+/* What the sockops program saw of a connection; of one that it does not follow,
+ * what TCP says of it now. Nothing without the program.
+ */
+void sgw_stats(int map, int fd, struct sock_stats *stats)
+{
+	struct tcp_info info = { 0 };
+	socklen_t len = sizeof(info);
+
+	memset(stats, 0, sizeof(*stats));
+	if (map < 0 || !bpf_map_lookup_elem(map, &fd, stats) ||
+	    getsockopt(fd, IPPROTO_TCP, TCP_INFO, &info, &len))
+		return;
+	stats->established_ns = 1;
+	stats->srtt_us = info.tcpi_rtt;
+	stats->retransmits = info.tcpi_total_retrans;
+}
+
 struct sgw_ring {
 	struct ring_buffer *buffer;
 	uint32_t *slots;

@@ -1,0 +1,606 @@
+// SPDX-License-Identifier: Apache-2.0
+/*
+ * A worker's event loop, and the sessions that need nobody to decide anything.
+ *
+ * A session is with the loop from accept() on for as long as it is plain: the
+ * first backend answers, what is received can be sent at once, both sides end
+ * with a FIN. The first thing that is not plain (a dial that fails, a target
+ * without room, a reset, the handover to a faster path) releases it to Python,
+ * with both sockets and all counts, and it does not come back. So a session's
+ * course is decided in one place, and the common one costs nothing there.
+ *
+ * The loop keeps no byte from one event to the next: what it has received and
+ * could not send goes with the release.
+ */
+#define _GNU_SOURCE
+#include <arpa/inet.h>
+#include <errno.h>
+#include <netinet/in.h>
+#include <netinet/tcp.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+#include <sys/epoll.h>
+#include <sys/socket.h>
+#include <time.h>
+#include <unistd.h>
+#include "shim.h"
+
+/* Of epoll_data: a socket of the loop's, not a descriptor of Python's. Below it
+ * are the session's generation, its index, and the side: an event that was
+ * fetched before its session ended finds another generation there.
+ */
+#define OWN (1ULL << 63)
+#define GENERATION_MASK 0x7fffffffU
+
+/* Edge-triggered: one mask for a session's life. EPOLLPRI, because an urgent
+ * byte ends a recv() early, and a short recv() must mean that there is no more.
+ */
+#define WATCH (EPOLLIN | EPOLLPRI | EPOLLRDHUP | EPOLLET)
+#define NONE UINT32_MAX
+#define CLIENT SOCK_SLOT_TO_BACKEND /* a side has the number of the way it feeds */
+#define BACKEND SOCK_SLOT_TO_CLIENT
+
+/* Told in one turn. An event releases or ends one session at most. */
+#define EVENTS 128
+#define RECORDS 512
+
+/* Ended sessions are told together: so many, or after so long. */
+#define ENDED_BATCH 64
+#define ENDED_WAIT_NS 2000000
+
+#define NAME_BYTES sizeof(((struct sgw_ended *)0)->client_name)
+
+/* Buffers copied before the other sessions have their turn. */
+#define STEPS 8
+
+enum state { FREE, DIALLING, OPEN };
+
+struct session {
+	uint64_t started_ns;
+	uint64_t active_ns;
+	uint64_t bytes[2]; /* by way */
+	int fds[2]; /* by side */
+	uint32_t generation;
+	uint32_t turn;
+	uint32_t next; /* in the list of the free, or of those that dial */
+	uint32_t previous;
+	uint32_t seen; /* epoll's events of the client while its backend is dialled */
+	uint8_t state;
+	uint8_t is_ended[2]; /* by way: its FIN is passed on */
+	uint8_t is_urgent; /* urgent bytes were seen */
+	uint8_t is_answered; /* the backend has sent something */
+	struct sockaddr_in6 address; /* or sockaddr_in */
+};
+
+struct target {
+	struct sockaddr_in6 address; /* or sockaddr_in */
+	socklen_t length;
+};
+
+struct loop {
+	struct sgw_loop public;
+	struct sgw_loop_settings settings;
+	struct target *targets;
+	uint32_t target_count;
+	int epoll;
+	uint64_t now_ns;
+	struct session *sessions;
+	uint32_t used; /* sessions[] from here on were never touched */
+	uint32_t free;
+	/* Those that dial, the oldest first: each may take equally long. */
+	uint32_t dial_first;
+	uint32_t dial_last;
+	struct sgw_event events[EVENTS];
+	struct sgw_released released[RECORDS];
+	struct sgw_ended ended[RECORDS];
+	char buffer[SGW_COPY_BYTES];
+};
+
+static uint64_t clock_ns(void)
+{
+	struct timespec now;
+
+	clock_gettime(CLOCK_MONOTONIC, &now);
+	return (uint64_t)now.tv_sec * 1000000000 + (uint64_t)now.tv_nsec;
+}
+
+static const struct target *target_of(const struct loop *loop, const struct session *session)
+{
+	return &loop->targets[session->turn % loop->target_count];
+}
+
+static void dial_append(struct loop *loop, uint32_t index)
+{
+	struct session *session = &loop->sessions[index];
+
+	session->next = NONE;
+	session->previous = loop->dial_last;
+	if (loop->dial_last == NONE)
+		loop->dial_first = index;
+	else
+		loop->sessions[loop->dial_last].next = index;
+	loop->dial_last = index;
+}
+
+static void dial_remove(struct loop *loop, uint32_t index)
+{
+	struct session *session = &loop->sessions[index];
+
+	if (session->previous == NONE)
+		loop->dial_first = session->next;
+	else
+		loop->sessions[session->previous].next = session->next;
+	if (session->next == NONE)
+		loop->dial_last = session->previous;
+	else
+		loop->sessions[session->next].previous = session->previous;
+}
+
+static uint32_t take_session(struct loop *loop)
+{
+	uint32_t index = loop->free;
+
+	if (index == NONE)
+		return loop->used++;
+	loop->free = loop->sessions[index].next;
+	return index;
+}
+
+static void free_session(struct loop *loop, uint32_t index)
+{
+	struct session *session = &loop->sessions[index];
+
+	if (session->state == DIALLING)
+		dial_remove(loop, index);
+	session->state = FREE;
+	session->generation++;
+	session->next = loop->free;
+	loop->free = index;
+	loop->public.open--;
+}
+
+/* As config.format_sockaddr() writes it. */
+static void format_address(const struct sockaddr_in6 *address, char *text)
+{
+	const struct sockaddr_in *v4 = (const struct sockaddr_in *)address;
+	char host[INET6_ADDRSTRLEN];
+	const char *format = "%s:%u";
+
+	if (address->sin6_family == AF_INET) {
+		inet_ntop(AF_INET, &v4->sin_addr, host, sizeof(host));
+	} else if (IN6_IS_ADDR_V4MAPPED(&address->sin6_addr)) {
+		inet_ntop(AF_INET, &address->sin6_addr.s6_addr[12], host, sizeof(host));
+	} else {
+		inet_ntop(AF_INET6, &address->sin6_addr, host, sizeof(host));
+		format = "[%s]:%u";
+	}
+	snprintf(text, NAME_BYTES, format, host, ntohs(address->sin6_port));
+}
+
+/* Let Python have the session as it is, and its sockets. */
+static struct sgw_released *release(struct loop *loop, uint32_t index, enum sgw_reason reason)
+{
+	struct sgw_released *record = &loop->released[loop->public.released_count++];
+	struct session *session = &loop->sessions[index];
+
+	memset(record, 0, sizeof(*record));
+	record->reason = reason;
+	record->client = session->fds[CLIENT];
+	record->backend = session->fds[BACKEND];
+	record->client_family = session->address.sin6_family;
+	record->backend_family = target_of(loop, session)->address.sin6_family;
+	record->is_connected = session->state == OPEN;
+	record->turn = session->turn;
+	record->age_ns = loop->now_ns - session->started_ns;
+	memcpy(record->bytes, session->bytes, sizeof(record->bytes));
+	memcpy(record->is_ended, session->is_ended, sizeof(record->is_ended));
+	format_address(&session->address, record->client_name);
+	free_session(loop, index);
+	return record;
+}
+
+static void release_failed(struct loop *loop, uint32_t index, uint32_t way, int error)
+{
+	struct sgw_released *record = release(loop, index, SGW_FAILED);
+
+	record->way = way;
+	record->error = error;
+}
+
+static void release_undialled(struct loop *loop, uint32_t index, int error)
+{
+	release(loop, index, SGW_DIAL_FAILED)->error = error;
+}
+
+/* The target has no room for what was received in `way`. */
+static void release_full(struct loop *loop, uint32_t index, uint32_t way, const char *held,
+			 size_t length)
+{
+	struct sgw_released *record = release(loop, index, SGW_FULL);
+
+	record->way = way;
+	record->held = malloc(length);
+	if (record->held) {
+		record->held_bytes = length;
+		memcpy(record->held, held, length);
+	} else {
+		record->reason = SGW_NO_MEMORY;
+	}
+}
+
+/* Both sides have sent their FIN and all is sent on. */
+static void finish(struct loop *loop, uint32_t index)
+{
+	struct session *session = &loop->sessions[index];
+	struct sgw_ended *record = &loop->ended[loop->public.ended_count++];
+
+	record->turn = session->turn;
+	record->age_ns = loop->now_ns - session->started_ns;
+	memcpy(record->bytes, session->bytes, sizeof(record->bytes));
+	if (loop->settings.is_logging) {
+		format_address(&session->address, record->client_name);
+		sgw_stats(loop->settings.stats_map, session->fds[CLIENT], &record->stats[CLIENT]);
+		sgw_stats(loop->settings.stats_map, session->fds[BACKEND], &record->stats[BACKEND]);
+	}
+	/* What close() sends first to one of them is that FIN. */
+	close(session->fds[BACKEND]);
+	close(session->fds[CLIENT]);
+	free_session(loop, index);
+}
+
+static int watch(struct loop *loop, uint32_t index, uint32_t side, int operation, uint32_t events)
+{
+	const struct session *session = &loop->sessions[index];
+	uint64_t generation = session->generation & GENERATION_MASK;
+	struct epoll_event event = {
+		.events = events,
+		.data.u64 = OWN | generation << 32 | index << 1 | side,
+	};
+
+	return epoll_ctl(loop->epoll, operation, session->fds[side], &event) ? errno : 0;
+}
+
+/* Copy what a side has sent; `events` is what epoll said of its socket. */
+static void copy(struct loop *loop, uint32_t index, uint32_t side, uint32_t events)
+{
+	struct session *session = &loop->sessions[index];
+	uint32_t way = side;
+	int source = session->fds[side], target = session->fds[!side];
+	ssize_t received, sent;
+	int step;
+
+	session->is_urgent |= (events & EPOLLPRI) != 0;
+	for (step = 0; step < STEPS; step++) {
+		received = recv(source, loop->buffer, SGW_COPY_BYTES, 0);
+		if (received < 0) {
+			if (errno != EAGAIN)
+				release_failed(loop, index, way, errno);
+			return;
+		}
+		if (!received) {
+			if (session->is_ended[!way])
+				finish(loop, index);
+			else if (shutdown(target, SHUT_WR)) /* ENOTCONN: reset just now */
+				release_failed(loop, index, !way, errno);
+			else
+				session->is_ended[way] = 1;
+			return;
+		}
+		session->active_ns = loop->now_ns;
+		sent = send(target, loop->buffer, (size_t)received, MSG_NOSIGNAL);
+		if (sent < 0 && errno != EAGAIN) {
+			release_failed(loop, index, !way, errno);
+			return;
+		}
+		if (sent > 0) {
+			session->bytes[way] += (uint64_t)sent;
+			loop->public.bytes[way] += (uint64_t)sent;
+		} else {
+			sent = 0;
+		}
+		if (sent < received) {
+			release_full(loop, index, way, loop->buffer + sent,
+				     (size_t)(received - sent));
+			return;
+		}
+		session->is_answered |= side == BACKEND;
+		/* Less than there was room for is all there is, and the next
+		 * byte is an event; a FIN that was announced is not.
+		 */
+		if (received < SGW_COPY_BYTES && !session->is_urgent && !(events & EPOLLRDHUP))
+			return;
+	}
+	/* Setting the mask again makes what is left an event again. */
+	watch(loop, index, side, EPOLL_CTL_MOD, WATCH);
+}
+
+static void set(int fd, int level, int option, int value)
+{
+	setsockopt(fd, level, option, &value, sizeof(value));
+}
+
+/* Begin to connect: 0, or the errno of what failed at once. */
+static int dial(struct loop *loop, uint32_t index)
+{
+	struct session *session = &loop->sessions[index];
+	const struct target *target = target_of(loop, session);
+	static const struct sock_stats nothing;
+	int fd = socket(target->address.sin6_family, SOCK_STREAM | SOCK_NONBLOCK | SOCK_CLOEXEC,
+			IPPROTO_TCP);
+
+	session->fds[BACKEND] = fd;
+	if (fd < 0)
+		return errno;
+	set(fd, IPPROTO_TCP, TCP_NODELAY, 1);
+	set(fd, SOL_SOCKET, SO_OOBINLINE, 1);
+	if (loop->settings.receive_bytes)
+		set(fd, SOL_SOCKET, loop->settings.receive_option, loop->settings.receive_bytes);
+	/* In a rush the kernel is spared: finish() asks TCP itself. */
+	if (loop->settings.stats_map >= 0 && loop->public.handover == SGW_AT_ONCE)
+		bpf_map_update_elem(loop->settings.stats_map, &fd, &nothing, BPF_ANY);
+	if (connect(fd, (const struct sockaddr *)&target->address, target->length) &&
+	    errno != EINPROGRESS)
+		return errno;
+	return watch(loop, index, BACKEND, EPOLL_CTL_ADD, WATCH | EPOLLOUT);
+}
+
+/* Take an accepted client, and dial the backend whose turn it is. */
+static void begin(struct loop *loop, int client, const struct sockaddr_in6 *address)
+{
+	uint32_t index = take_session(loop);
+	struct session *session = &loop->sessions[index];
+	uint32_t generation = session->generation;
+	int error;
+
+	memset(session, 0, sizeof(*session));
+	session->generation = generation;
+	session->started_ns = session->active_ns = loop->now_ns;
+	session->fds[CLIENT] = client;
+	session->fds[BACKEND] = -1;
+	session->address = *address;
+	session->turn = (uint32_t)__atomic_fetch_add(loop->settings.turns, 1, __ATOMIC_RELAXED);
+	session->state = DIALLING;
+	dial_append(loop, index);
+	loop->public.open++;
+
+	error = watch(loop, index, CLIENT, EPOLL_CTL_ADD, WATCH);
+	if (!error)
+		error = dial(loop, index);
+	if (error)
+		release_undialled(loop, index, error);
+}
+
+static void decide_dial(struct loop *loop, uint32_t index, uint32_t events)
+{
+	struct session *session = &loop->sessions[index];
+	uint32_t generation = session->generation;
+	socklen_t length = sizeof(int);
+	int error = 0;
+
+	if (events & (EPOLLERR | EPOLLHUP) &&
+	    getsockopt(session->fds[BACKEND], SOL_SOCKET, SO_ERROR, &error, &length))
+		error = errno;
+	if (error) {
+		release_undialled(loop, index, error);
+		return;
+	}
+	if (!(events & EPOLLOUT))
+		return;
+	dial_remove(loop, index);
+	session->state = OPEN;
+	if (loop->public.handover == SGW_AT_ONCE) {
+		release(loop, index, SGW_CONNECTED);
+		return;
+	}
+	loop->public.connected++;
+	/* What the backend says first must not wait for what the client sends. */
+	if (events & ~EPOLLOUT)
+		copy(loop, index, BACKEND, events);
+	if (session->generation == generation && session->seen)
+		copy(loop, index, CLIENT, session->seen);
+}
+
+static void on_event(struct loop *loop, uint32_t index, uint32_t side, uint32_t events)
+{
+	struct session *session = &loop->sessions[index];
+
+	if (session->state == DIALLING && side == BACKEND)
+		decide_dial(loop, index, events);
+	else if (events & EPOLLERR)
+		release_failed(loop, index, side, 0);
+	else if (session->state == DIALLING)
+		session->seen |= events;
+	else if (side == CLIENT && session->is_answered && !(events & EPOLLRDHUP) &&
+		 loop->public.handover == SGW_AT_SECOND)
+		release(loop, index, SGW_HANDOVER);
+	else if (!session->is_ended[side] && events & ~EPOLLOUT)
+		copy(loop, index, side, events);
+}
+
+static void give_up_dials(struct loop *loop)
+{
+	uint64_t patience_ns = loop->settings.connect_timeout_ns;
+
+	while (loop->dial_first != NONE && loop->public.released_count < RECORDS &&
+	       loop->sessions[loop->dial_first].started_ns + patience_ns <= loop->now_ns)
+		release_undialled(loop, loop->dial_first, ETIMEDOUT);
+}
+
+/* How long epoll may sleep, in ms: until `until_ns`, or a dial has taken too long. */
+static int pause_ms(const struct loop *loop, uint64_t until_ns)
+{
+	uint64_t left_ms;
+
+	if (loop->dial_first != NONE) {
+		uint64_t give_up_ns = loop->sessions[loop->dial_first].started_ns +
+				      loop->settings.connect_timeout_ns;
+
+		if (give_up_ns < until_ns)
+			until_ns = give_up_ns;
+	}
+	if (until_ns == UINT64_MAX)
+		return -1;
+	if (until_ns <= loop->now_ns)
+		return 0;
+	left_ms = (until_ns - loop->now_ns + 999999) / 1000000;
+	return left_ms < INT32_MAX ? (int)left_ms : INT32_MAX;
+}
+
+struct sgw_loop *sgw_loop_open(const struct sgw_loop_settings *settings)
+{
+	struct loop *loop = calloc(1, sizeof(*loop));
+
+	if (!loop)
+		return NULL;
+	loop->settings = *settings;
+	loop->public.events = loop->events;
+	loop->public.released = loop->released;
+	loop->public.ended = loop->ended;
+	loop->free = loop->dial_first = loop->dial_last = NONE;
+	/* Zeroed pages: what is never used takes no memory. */
+	loop->sessions = calloc(settings->sessions, sizeof(*loop->sessions));
+	loop->epoll = epoll_create1(EPOLL_CLOEXEC);
+	if (!loop->sessions || loop->epoll < 0) {
+		sgw_loop_free(&loop->public);
+		return NULL;
+	}
+	return &loop->public;
+}
+
+void sgw_loop_close(struct sgw_loop *public)
+{
+	struct loop *loop = (struct loop *)public;
+
+	if (loop->epoll >= 0)
+		close(loop->epoll);
+	loop->epoll = -1;
+}
+
+void sgw_loop_free(struct sgw_loop *public)
+{
+	struct loop *loop = (struct loop *)public;
+
+	sgw_loop_close(public);
+	free(loop->targets);
+	free(loop->sessions);
+	free(loop);
+}
+
+int sgw_loop_target(struct sgw_loop *public, int family, const char *host, int port, uint32_t scope)
+{
+	struct loop *loop = (struct loop *)public;
+	struct target *targets =
+		realloc(loop->targets, (loop->target_count + 1) * sizeof(*targets));
+	struct target *target;
+	struct sockaddr_in *v4;
+
+	if (!targets)
+		return -ENOMEM;
+	loop->targets = targets;
+	target = &targets[loop->target_count];
+	memset(target, 0, sizeof(*target));
+	target->address.sin6_family = (sa_family_t)family;
+	target->address.sin6_port = htons((uint16_t)port);
+	if (family == AF_INET) {
+		v4 = (struct sockaddr_in *)&target->address;
+		target->length = sizeof(*v4);
+		if (inet_pton(family, host, &v4->sin_addr) != 1)
+			return -EINVAL;
+	} else {
+		target->address.sin6_scope_id = scope;
+		target->length = sizeof(target->address);
+		if (inet_pton(family, host, &target->address.sin6_addr) != 1)
+			return -EINVAL;
+	}
+	loop->target_count++;
+	return 0;
+}
+
+int sgw_loop_control(struct sgw_loop *public, enum sgw_operation operation, int fd,
+		     uint32_t events)
+{
+	struct loop *loop = (struct loop *)public;
+	struct epoll_event event = { .events = events, .data.u64 = (uint64_t)fd };
+
+	return epoll_ctl(loop->epoll, (int)operation, fd, &event) ? -errno : 0;
+}
+
+int sgw_loop_accept(struct sgw_loop *public, int listener, int most)
+{
+	struct loop *loop = (struct loop *)public;
+	struct sockaddr_in6 address;
+	socklen_t length;
+	int count, client;
+
+	loop->now_ns = clock_ns();
+	for (count = 0; count < most && public->released_count < RECORDS; count++) {
+		length = sizeof(address);
+		client = accept4(listener, (struct sockaddr *)&address, &length,
+				 SOCK_NONBLOCK | SOCK_CLOEXEC);
+		if (client < 0)
+			return count || errno == EAGAIN ? count : -errno;
+		begin(loop, client, &address);
+	}
+	return count;
+}
+
+int sgw_loop_wait(struct sgw_loop *public, int64_t timeout_ns)
+{
+	struct loop *loop = (struct loop *)public;
+	struct epoll_event events[EVENTS];
+	uint64_t until_ns;
+	int count, i;
+
+	loop->now_ns = clock_ns();
+	until_ns = timeout_ns < 0 ? UINT64_MAX : loop->now_ns + (uint64_t)timeout_ns;
+	do {
+		int told = 0;
+
+		count = epoll_wait(loop->epoll, events, EVENTS, pause_ms(loop, until_ns));
+		if (count < 0)
+			return errno == EINTR ? 0 : -errno;
+		loop->now_ns = clock_ns();
+		for (i = 0; i < count; i++) {
+			uint64_t data = events[i].data.u64;
+			uint32_t index = (uint32_t)data >> 1;
+
+			if (!(data & OWN)) {
+				loop->events[told].fd = (int)data;
+				loop->events[told++].events = events[i].events;
+			} else if (loop->sessions[index].state != FREE &&
+				   (loop->sessions[index].generation & GENERATION_MASK) ==
+					   (uint32_t)(data >> 32 & GENERATION_MASK)) {
+				on_event(loop, index, data & 1, events[i].events);
+			}
+		}
+		give_up_dials(loop);
+		if (told)
+			return told;
+		/* An end is nothing to hurry for. */
+		if (public->ended_count && loop->now_ns + ENDED_WAIT_NS < until_ns)
+			until_ns = loop->now_ns + ENDED_WAIT_NS;
+	} while (!public->released_count && public->ended_count < ENDED_BATCH &&
+		 loop->now_ns < until_ns);
+	return 0;
+}
+
+int sgw_loop_release(struct sgw_loop *public, enum sgw_reason reason, uint64_t quiet_ns,
+		     uint64_t age_ns)
+{
+	struct loop *loop = (struct loop *)public;
+	int before = public->released_count;
+	uint32_t index;
+
+	loop->now_ns = clock_ns();
+	for (index = 0; index < loop->used && public->released_count < RECORDS; index++) {
+		const struct session *session = &loop->sessions[index];
+
+		if (session->state == FREE || (session->state == DIALLING && (quiet_ns || age_ns)))
+			continue;
+		if (loop->now_ns - session->active_ns >= quiet_ns &&
+		    loop->now_ns - session->started_ns >= age_ns)
+			release(loop, index, reason);
+	}
+	return public->released_count - before;
+}

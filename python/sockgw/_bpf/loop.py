@@ -1,0 +1,217 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The worker's loop in C (`loop.c`), in Python's terms; `sockgw.loop` says what it does."""
+
+from __future__ import annotations
+
+import os
+import socket
+import struct
+from typing import TYPE_CHECKING, Any, Final
+
+from sockgw._bpf._binding import ffi, lib
+from sockgw.datapath import Connection
+from sockgw.loop import WAYS, Ended, Handover, Reason, Released
+from sockgw.relay import RECEIVE_BYTES
+
+if TYPE_CHECKING:
+    from sockgw.backend import Backends
+    from sockgw.datapath import Datapath
+
+_REASONS: Final = {
+    lib.SGW_CONNECTED: Reason.CONNECTED,
+    lib.SGW_HANDOVER: Reason.HANDOVER,
+    lib.SGW_ASKED: Reason.ASKED,
+    lib.SGW_DIAL_FAILED: Reason.DIAL_FAILED,
+    lib.SGW_FAILED: Reason.FAILED,
+    lib.SGW_FULL: Reason.FULL,
+    lib.SGW_NO_MEMORY: Reason.NO_MEMORY,
+}
+_HANDOVERS: Final = {
+    Handover.NEVER: lib.SGW_NEVER,
+    Handover.AT_ONCE: lib.SGW_AT_ONCE,
+    Handover.AT_SECOND: lib.SGW_AT_SECOND,
+}
+_ASKED: Final = {reason: number for number, reason in _REASONS.items()}
+_ENDED: Final = struct.Struct("=I4x3Q Q8x2I Q8x2I 56s")
+assert _ENDED.size == ffi.sizeof("struct sgw_ended")  # noqa: S101 - cdef.h changed
+_NS: Final = 1_000_000_000
+
+
+class CompiledLoop:
+    """`sockgw.loop.Loop`; for one thread, but for the counts, which any may read."""
+
+    def __init__(
+        self,
+        backends: Backends,
+        datapath: Datapath | None,
+        *,
+        sessions: int,
+        connect_timeout_s: float,
+        receive_option: int,
+        is_logging: bool,
+    ) -> None:
+        """Watch nothing yet. Raises OSError when there is no memory or descriptor."""
+        self.closed = False
+        # Kept, because C keeps its address.
+        self._turns = ffi.from_buffer("uint64_t[]", backends.turns, require_writable=True)
+        settings = ffi.new(
+            "struct sgw_loop_settings *",
+            {
+                "sessions": sessions,
+                "connect_timeout_ns": _ns(connect_timeout_s),
+                "receive_option": receive_option,
+                "receive_bytes": RECEIVE_BYTES if receive_option else 0,
+                "stats_map": -1 if datapath is None else datapath.stats_fd,
+                "is_logging": is_logging,
+                "turns": self._turns,
+            },
+        )
+        loop = lib.sgw_loop_open(settings)
+        if loop == ffi.NULL:
+            raise OSError(ffi.errno, f"open a worker's loop: {os.strerror(ffi.errno)}")
+        self._loop = ffi.gc(loop, lib.sgw_loop_free)
+        for family, sockaddr in backends.firsts:
+            host, port, *rest = sockaddr
+            # Behind a link-local address getaddrinfo() writes its scope.
+            address = host.partition("%")[0].encode()
+            scope = rest[1] if rest else 0
+            _check(lib.sgw_loop_target(self._loop, family, address, port, scope))
+
+    @property
+    def handover(self) -> Handover:
+        """When sessions are let go of for a faster path."""
+        return Handover(self._loop.handover)
+
+    @handover.setter
+    def handover(self, handover: Handover) -> None:
+        self._loop.handover = _HANDOVERS[handover]
+
+    @property
+    def open(self) -> int:
+        """Sessions that are with the loop now."""
+        return self._loop.open  # type: ignore[no-any-return]
+
+    @property
+    def connected(self) -> int:
+        """Sessions that reached a backend while with the loop."""
+        return self._loop.connected  # type: ignore[no-any-return]
+
+    @property
+    def sent(self) -> tuple[int, int]:
+        """Bytes sent on so far, by way."""
+        return self._loop.bytes[0], self._loop.bytes[1]
+
+    def register(self, sock: socket.socket | int, mask: int) -> None:
+        """Watch `sock`, as `select.epoll` does."""
+        self._control(lib.SGW_ADD, sock, mask)
+
+    def modify(self, sock: socket.socket | int, mask: int) -> None:
+        """Watch it for something else."""
+        self._control(lib.SGW_MOD, sock, mask)
+
+    def unregister(self, sock: socket.socket | int) -> None:
+        """Stop to watch it."""
+        self._control(lib.SGW_DEL, sock, 0)
+
+    def poll(self, timeout_s: float | None) -> list[tuple[int, int]]:
+        """Run the plain sessions until there is something to tell."""
+        timeout_ns = -1 if timeout_s is None else _ns(timeout_s)
+        count = _check(lib.sgw_loop_wait(self._loop, timeout_ns))
+        events = self._loop.events
+        return [(events[i].fd, events[i].events) for i in range(count)]
+
+    def accept(self, listener: socket.socket, most: int) -> int:
+        """Accept up to `most` clients and begin their sessions; return how many."""
+        count: int = _check(lib.sgw_loop_accept(self._loop, listener.fileno(), most))
+        return count
+
+    def release(self, *, quiet_s: float = 0.0, age_s: float = 0.0, reason: Reason) -> int:
+        """Release the sessions silent and open for so long; without either, all."""
+        count: int = lib.sgw_loop_release(self._loop, _ASKED[reason], _ns(quiet_s), _ns(age_s))
+        return count
+
+    def released(self) -> list[Released]:
+        """Take over what was released since the last call."""
+        count = self._loop.released_count
+        if not count:
+            return []
+        self._loop.released_count = 0
+        return [_released(self._loop.released[i]) for i in range(count)]
+
+    def ended(self) -> list[Ended]:
+        """Return the sessions that ended since the last call."""
+        count = self._loop.ended_count
+        if not count:
+            return []
+        self._loop.ended_count = 0
+        # Every short session passes here: one unpacking for all its fields.
+        records = ffi.buffer(self._loop.ended, count * _ENDED.size)
+        return [_ended(*fields) for fields in _ENDED.iter_unpack(records)]
+
+    def close(self) -> None:
+        """Stop watching."""
+        self.closed = True
+        lib.sgw_loop_close(self._loop)
+
+    def _control(self, operation: int, sock: socket.socket | int, mask: int) -> None:
+        fd = sock if isinstance(sock, int) else sock.fileno()
+        _check(lib.sgw_loop_control(self._loop, operation, fd, mask))
+
+
+def _released(record: Any) -> Released:  # noqa: ANN401 - struct sgw_released
+    held = b""
+    if record.held != ffi.NULL:
+        held = ffi.unpack(record.held, record.held_bytes)
+        lib.free(record.held)
+    return Released(
+        _REASONS[record.reason],
+        _socket(record.client, record.client_family),
+        ffi.string(record.client_name).decode(),
+        record.turn,
+        None if record.backend < 0 else _socket(record.backend, record.backend_family),
+        record.is_connected,
+        WAYS[record.way],
+        record.error,
+        record.age_ns / _NS,
+        (record.bytes[0], record.bytes[1]),
+        (record.is_ended[0], record.is_ended[1]),
+        held,
+    )
+
+
+def _ended(  # noqa: PLR0917 - in the order of the struct
+    turn: int,
+    age_ns: int,
+    to_backend_bytes: int,
+    to_client_bytes: int,
+    client_since_ns: int,
+    client_us: int,
+    client_retransmits: int,
+    backend_since_ns: int,
+    backend_us: int,
+    backend_retransmits: int,
+    name: bytes,
+) -> Ended:
+    return Ended(
+        name.rstrip(b"\0").decode(),
+        turn,
+        age_ns / _NS,
+        to_backend_bytes,
+        to_client_bytes,
+        Connection(client_us, client_retransmits) if client_since_ns else None,
+        Connection(backend_us, backend_retransmits) if backend_since_ns else None,
+    )
+
+
+def _socket(fd: int, family: int) -> socket.socket:
+    return socket.socket(family, socket.SOCK_STREAM, socket.IPPROTO_TCP, fd)
+
+
+def _ns(seconds: float) -> int:
+    return round(seconds * _NS)
+
+
+def _check(result: int) -> int:
+    if result < 0:
+        raise OSError(-result, os.strerror(-result))
+    return result

@@ -1,0 +1,242 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A worker's event loop: it polls, and it runs the sessions that are plain.
+
+Plain means that nobody has to decide anything: the first backend answers, what
+is received can be sent at once, both sides end with a FIN. Such a session is
+accepted, dialled, copied and closed in C (`_bpf/loop.c`), without the
+interpreter. As soon as there is something to decide, or a faster path to hand
+over to, the loop releases it for good, and it becomes a `sockgw.lifetime`
+Session.
+
+Without the compiled binding there is `PythonLoop`, for which no session is
+plain: it releases each one as soon as it is accepted.
+"""
+
+from __future__ import annotations
+
+import enum
+import select
+from typing import TYPE_CHECKING, Any, Final, NamedTuple, Protocol
+
+from sockgw import _bpf
+from sockgw.config import format_sockaddr
+from sockgw.relay import receive_option
+from sockgw.session import Way
+
+if TYPE_CHECKING:
+    import socket
+
+    from sockgw.backend import Backends
+    from sockgw.datapath import Connection, Datapath
+
+WAYS: Final = (Way.TO_BACKEND, Way.TO_CLIENT)
+"""In the order of sockmap.h's SOCK_SLOT_TO_..."""
+_NOTHING: Final = (0, 0)
+_NOBODY: Final = (False, False)
+
+
+class Handover(enum.IntEnum):
+    """When the loop lets go of a session for a faster path."""
+
+    NEVER = 0
+    AT_ONCE = 1
+    """When its backend has answered the dial."""
+    AT_SECOND = 2
+    """At the client's first bytes after the backend's first."""
+
+
+class Reason(enum.IntEnum):
+    """Why the loop let go of a session."""
+
+    CONNECTED = 0
+    """Its backend has answered the dial, and a faster path is to be tried."""
+    HANDOVER = 1
+    """The same, of a session that has been with the loop."""
+    ASKED = 2
+    """`Loop.release` was called."""
+    DIAL_FAILED = 3
+    FAILED = 4
+    """A socket failed."""
+    FULL = 5
+    """A target has no room."""
+    NO_MEMORY = 6
+    """The same, and what could not be sent is lost."""
+
+
+class Released(NamedTuple):
+    """A session that is the caller's from here on, with its sockets."""
+
+    reason: Reason
+    client: socket.socket
+    client_name: str
+    turn: int
+    """Its place in the rotation over the backends."""
+    backend: socket.socket | None = None
+    is_connected: bool = False
+    way: Way = Way.TO_BACKEND
+    """FULL: the direction; FAILED: the one that the socket feeds."""
+    error: int = 0
+    """The errno of FAILED (0: not known) and of DIAL_FAILED."""
+    age_s: float = 0.0
+    sent: tuple[int, int] = _NOTHING
+    """Bytes sent on, by way."""
+    is_ended: tuple[bool, bool] = _NOBODY
+    """Whether the FIN is passed on, by way."""
+    held: bytes = b""
+    """What `way`'s target had no room for."""
+
+
+class Ended(NamedTuple):
+    """A session that the loop has seen to its end, which was EOF."""
+
+    client_name: str
+    turn: int
+    age_s: float
+    to_backend_bytes: int
+    to_client_bytes: int
+    client: Connection | None
+    """What the sockops program saw, if it followed."""
+    backend: Connection | None
+
+
+class Loop(Protocol):
+    """What a worker sleeps in."""
+
+    handover: Handover
+    """May be changed at any time."""
+
+    @property
+    def closed(self) -> bool:
+        """Whether it was closed."""
+
+    @property
+    def open(self) -> int:
+        """Sessions that are with the loop now."""
+
+    @property
+    def connected(self) -> int:
+        """Sessions that reached a backend while with the loop."""
+
+    @property
+    def sent(self) -> tuple[int, int]:
+        """Bytes sent on so far, by way."""
+
+    def register(self, sock: socket.socket | int, mask: int) -> None:
+        """Watch `sock`, as `select.epoll` does."""
+
+    def modify(self, sock: socket.socket | int, mask: int) -> None:
+        """Watch it for something else; a released session's sockets are registered."""
+
+    def unregister(self, sock: socket.socket | int) -> None:
+        """Stop to watch it."""
+
+    def poll(self, timeout_s: float | None) -> list[tuple[int, int]]:
+        """Run the plain sessions until there is something to tell.
+
+        Returns the events (fd, mask) of registered sockets; none when the
+        timeout or a signal came, or when `released` or `ended` have something.
+        """
+
+    def accept(self, listener: socket.socket, most: int) -> int:
+        """Accept up to `most` clients and begin their sessions; return how many.
+
+        Raises OSError if accept() failed before there was one.
+        """
+
+    def release(self, *, quiet_s: float = 0.0, age_s: float = 0.0, reason: Reason) -> int:
+        """Release the sessions silent and open for so long; without either, all.
+
+        Returns how many; to be repeated, after `released`, until it is 0.
+        """
+
+    def released(self) -> list[Released]:
+        """Take over what was released since the last call."""
+
+    def ended(self) -> list[Ended]:
+        """Return the sessions that ended since the last call."""
+
+    def close(self) -> None:
+        """Stop watching; every session must be released."""
+
+
+def open_loop(
+    backends: Backends,
+    datapath: Datapath | None,
+    *,
+    sessions: int,
+    connect_timeout_s: float,
+    is_logging: bool,
+) -> Loop:
+    """Return the loop in C, or the one in Python where there is no binding.
+
+    At most `sessions` at once. Without `is_logging` nobody asks for an ended
+    session's name and connections.
+    """
+    if not _bpf.IS_BUILT:
+        return PythonLoop(backends)
+    # Imported late: without the binding there is no such module.
+    from sockgw._bpf.loop import CompiledLoop  # noqa: PLC0415
+
+    return CompiledLoop(
+        backends,
+        datapath,
+        sessions=sessions,
+        connect_timeout_s=connect_timeout_s,
+        receive_option=receive_option(),
+        is_logging=is_logging,
+    )
+
+
+class PythonLoop:
+    """`select.epoll`, and no session is plain."""
+
+    open = connected = 0
+    sent = _NOTHING
+
+    def __init__(self, backends: Backends) -> None:
+        """Watch nothing yet."""
+        self.handover = Handover.NEVER
+        self._backends = backends
+        self._epoll = select.epoll()
+        self._released: list[Released] = []
+        self.register = self._epoll.register
+        self.modify = self._epoll.modify
+        self.unregister = self._epoll.unregister
+        self.poll = self._epoll.poll
+        self.close = self._epoll.close
+
+    @property
+    def closed(self) -> bool:
+        """Whether it was closed."""
+        return self._epoll.closed
+
+    def accept(self, listener: socket.socket, most: int) -> int:
+        """Accept, and release each at once."""
+        for count in range(most):
+            try:
+                client, address = listener.accept()
+            except BlockingIOError:
+                return count
+            except OSError:
+                if count:
+                    return count
+                raise
+            client.setblocking(False)  # noqa: FBT003 - its name says it
+            self.register(client, 0)
+            self._released.append(
+                Released(Reason.ASKED, client, format_sockaddr(address), self._backends.next_turn())
+            )
+        return most
+
+    def release(self, **_criteria: Any) -> int:  # noqa: ANN401
+        """Release nothing: all were, as they came."""
+        return 0
+
+    def released(self) -> list[Released]:
+        """Take over what was accepted."""
+        released, self._released = self._released, []
+        return released
+
+    def ended(self) -> list[Ended]:
+        """Return none: no session ends here."""
+        return []
