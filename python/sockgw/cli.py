@@ -35,6 +35,7 @@ if TYPE_CHECKING:
 Command = TypeVar("Command", bound="Callable[..., Any]")
 
 _THREADS_MAX = 128
+_PROCESSES_MAX = 64
 _CONNECTIONS_MAX = 10_000_000
 _FIELDS = {field.name: field for field in dataclasses.fields(config.Config)}
 
@@ -231,7 +232,15 @@ def _sockgw() -> None:
     partial(config.parse_count, most=_THREADS_MAX),
     metavar="N",
     show_default="one per CPU, at most 8",
-    help="Worker threads.",
+    help="Worker threads, in each process.",
+)
+@_option(
+    "--processes",
+    "processes",
+    partial(config.parse_count, most=_PROCESSES_MAX),
+    metavar="N",
+    help="Worker processes. Each has its own RLIMIT_NOFILE and interpreter lock, so that more"
+    " sessions fit; one more process looks after them.",
 )
 @_option(
     "--connect-timeout",

@@ -210,6 +210,9 @@ class Config:
     metrics: Address | None = Address("127.0.0.1", 9090)
     """Where metrics are served; None: nowhere."""
     threads: int = field(default_factory=_default_threads)
+    """Workers of each process."""
+    processes: int = 1
+    """1: no fork; more: worker processes, and this one looks after them."""
     connect_timeout_s: float = 5
     idle_timeout_s: float = 3600
     """How long a session may be silent both ways; 0: for ever."""

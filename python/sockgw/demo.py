@@ -55,7 +55,7 @@ _DEADLINE_S: Final = 15
 
 _ACCEL: Final = {"splice": "splice", "relay": "off"}
 _SWITCHES: Final = re.compile(r"^voluntary_ctxt_switches:\s+(\d+)$", re.MULTILINE)
-_READY: Final = re.compile(r"listening on ([\d.]+):(\d+), .*metrics (http\S+)$")
+_READY: Final = re.compile(r"listening on ([\d.]+):(\d+), .*metrics (http[^\s,]+)")
 
 
 def main() -> int:

@@ -2,8 +2,9 @@
 """The gateway: its parts put together, started, drained and closed.
 
 Owns the choice of the path at start, with the one warning that names what is
-missing, and the lifetime of the listener, the workers, the datapath and the
-metrics page.
+missing, how many sessions there may be, and the lifetime of the listener, the
+datapath and the metrics page. The workers run in this process, or in several
+that a supervisor looks after; nothing here depends on which.
 """
 
 from __future__ import annotations
@@ -11,8 +12,6 @@ from __future__ import annotations
 import logging
 import resource
 import threading
-import time
-from collections import Counter
 from typing import TYPE_CHECKING, Final
 
 from sockgw import _bpf
@@ -21,9 +20,10 @@ from sockgw.backend import Backends
 from sockgw.config import Accel
 from sockgw.errors import DatapathError, UnsupportedKernelError
 from sockgw.listener import Listener
-from sockgw.metrics import MetricsServer, Snapshot, Tally, serve
-from sockgw.session import End, Path, Way
-from sockgw.worker import Worker
+from sockgw.metrics import MetricsServer, Snapshot, Tally, bind
+from sockgw.session import Path, Way
+from sockgw.supervisor import Supervisor, shares
+from sockgw.workers import Count, Workers
 
 if TYPE_CHECKING:
     from sockgw.config import Config
@@ -35,6 +35,7 @@ _FDS_RESERVED: Final = 64
 """For what is not a session: maps, rings, epolls, the log, scrapes."""
 _FDS_PER_SESSION: Final = 2
 _MAX_SESSIONS: Final = 1 << 16
+"""Of all processes: the kernel gives every slot its memory at the load, 16 MiB for these."""
 
 
 class Gateway:
@@ -49,11 +50,11 @@ class Gateway:
         self._listener: Listener | None = None
         self._datapath: Datapath | None = None
         self._metrics: MetricsServer | None = None
-        self._workers: list[Worker] = []
+        self._workers: Workers | Supervisor | None = None
+        self._processes = config.processes
         self._max_sessions = 0
-        self._deadline: threading.Timer | None = None
-        self._crash: BaseException | None = None
-        self._lock = threading.Lock()  # guards the workers against orders after their end
+        # Guards _is_draining, and the workers against orders after their end.
+        self._lock = threading.Lock()
         # Guards the words that a scrape reads against their unmapping.
         self._reading = threading.Lock()
         self._is_draining = False
@@ -61,18 +62,12 @@ class Gateway:
     def start(self) -> None:
         """Bind, load or fall back, and start to accept.
 
-        Raises ConfigError, UnsupportedKernelError (the path asked for by name
-        does not work here), DatapathError or OSError; nothing is left open
-        then.
+        With several processes they are forked here; call this and `wait` from
+        the main thread then. Raises ConfigError, UnsupportedKernelError (the
+        path asked for by name does not work here), DatapathError or OSError;
+        nothing is left open then.
         """
-        config = self._config
-        allowed = sessions_allowed(_raise_nofile())
-        self._max_sessions = min(config.max_connections or allowed, allowed)
-        if config.max_connections is not None and config.max_connections > allowed:
-            _log.warning(
-                "--max-connections %d: RLIMIT_NOFILE allows %d sessions; raise it (ulimit -n)",
-                *(config.max_connections, allowed),
-            )
+        self._limit_sessions()
         try:
             self._start()
         except BaseException:
@@ -80,12 +75,32 @@ class Gateway:
             raise
         metrics = f"http://{self._metrics.address}/metrics" if self._metrics else "off"
         _log.info(
-            "listening on %s, backend %s, path %s, metrics %s",
+            "listening on %s, backend %s, path %s, metrics %s, at most %d session%s",
             self.address,
-            " ".join(map(str, config.backends)),
+            " ".join(map(str, self._config.backends)),
             self.path.value,
             metrics,
+            self._max_sessions,
+            "" if self._max_sessions == 1 else "s",
         )
+
+    def _limit_sessions(self) -> None:
+        """Decide how many sessions there may be, and how many processes are of use."""
+        wanted = self._config.max_connections
+        allowed = sessions_allowed(_raise_nofile(), self._processes)
+        self._max_sessions = min(wanted or allowed, allowed)
+        if wanted is not None and wanted > allowed:
+            _log.warning(
+                "--max-connections %d: RLIMIT_NOFILE allows %d sessions; raise it (ulimit -n),"
+                " or use more --processes",
+                *(wanted, allowed),
+            )
+        if self._processes > self._max_sessions:
+            self._processes = self._max_sessions
+            _log.info(
+                "--processes %d: %d will do for so few sessions",
+                *(self._config.processes, self._processes),
+            )
 
     def _start(self) -> None:
         config = self._config
@@ -101,61 +116,58 @@ class Gateway:
                 self._datapath.follow(listener.socket)
         listener.listen()
         if config.metrics is not None:
-            self._metrics = serve(config.metrics, self.snapshot)
-        warned_reasons: set[str] = set()
-        self._workers = [
-            Worker(
-                index,
+            self._metrics = bind(config.metrics, self.snapshot, self._pids)
+        if self._processes > 1:
+            self._workers = Supervisor(
+                config,
                 listener=listener,
                 backends=backends,
                 datapath=self._datapath,
-                connect_timeout_s=config.connect_timeout_s,
-                idle_timeout_s=config.idle_timeout_s,
-                warned_reasons=warned_reasons,
-                on_crash=self._crashed,
+                shares=shares(self._max_sessions, self._processes, config.threads),
+                forget=[self._metrics.forget] if self._metrics is not None else [],
             )
-            for index in range(config.threads)
-        ]
-        for worker in self._workers:
-            worker.start()
+        else:
+            self._workers = Workers(
+                config, listener=listener, backends=backends, datapath=self._datapath
+            )
+        self._workers.start()
+        # Its thread comes after the forks: what it holds no child can miss.
+        if self._metrics is not None:
+            self._metrics.start()
 
     def drain(self) -> None:
         """Stop accepting, and end when the sessions have, or at the deadline."""
         with self._lock:
-            if self._is_draining:
+            if self._is_draining or self._workers is None:
                 return
             self._is_draining = True
-            if self._listener is not None:
-                self._listener.close()
-            for worker in self._workers:
-                worker.drain()
-            timeout_s = self._config.drain_timeout_s
-            self._deadline = threading.Timer(timeout_s, self._reset_all, [End.DRAIN_TIMEOUT])
-            self._deadline.name = "sockgw-drain"
-            self._deadline.daemon = True
-            self._deadline.start()
-        _log.info("draining: %d sessions open, %g s to go", self._active(), timeout_s)
+            self._workers.drain()
+            _log.info(
+                "draining: %d sessions open, %g s to go",
+                self._workers.count().sessions_open,
+                self._config.drain_timeout_s,
+            )
 
     def close(self) -> None:
         """Reset every session, now."""
         self.drain()
-        self._reset_all(End.CLOSED)
+        if self._workers is not None:
+            self._workers.close()
 
     def wait(self, timeout_s: float | None = None) -> bool:
         """Wait until every session has ended after `drain` or `close`.
 
         Returns False when `timeout_s` has passed before. Raises what stopped a
-        worker, if one did not end by itself.
+        worker of this process, if one did not end by itself.
         """
-        until_s = None if timeout_s is None else time.monotonic() + timeout_s
-        for worker in self._workers:
-            worker.thread.join(None if until_s is None else max(0.0, until_s - time.monotonic()))
-            if worker.thread.is_alive():
-                return False
-        self._release()
-        if self._crash is not None:
-            raise self._crash
-        return True
+        try:
+            has_ended = self._workers is None or self._workers.wait(timeout_s)
+        except BaseException:
+            self._release()
+            raise
+        if has_ended:
+            self._release()
+        return has_ended
 
     def snapshot(self) -> Snapshot:
         """Read every count, without stopping anybody."""
@@ -163,14 +175,9 @@ class Gateway:
             return self._snapshot()
 
     def _snapshot(self) -> Snapshot:
-        tally = Tally.merge([self._tally, *(worker.tally for worker in self._workers)])
-        active: Counter[str] = Counter()
-        for worker in self._workers:
-            active.update(worker.active)
-        held_bytes = sum(worker.held_by_kernel() for worker in self._workers)
-        active_pairs = 0
+        count = self._workers.count() if self._workers is not None else Count()
+        tally = Tally.merge([self._tally, count.tally])
         if self._datapath is not None:
-            active_pairs = self._datapath.active_pairs
             totals = self._datapath.counters()
             tally.segments_success = totals.redirected_segments
             tally.segments_fallback = totals.passed_segments
@@ -178,14 +185,18 @@ class Gateway:
             tally.bytes[Way.TO_CLIENT.value, Path.SPLICE.value] = totals.to_client_bytes
         return Snapshot(
             tally=tally,
-            sessions_active=active,
-            active_pairs=active_pairs,
-            kernel_held_bytes=held_bytes,
+            sessions_active=count.sessions_active,
+            active_pairs=count.active_pairs,
+            kernel_held_bytes=count.kernel_held_bytes,
             max_connections=self._max_sessions,
             path=self.path.value,
             accel=self._config.accel.value,
             libbpf=_libbpf_version(),
         )
+
+    def _pids(self) -> list[int]:
+        """Return the worker processes; none when the workers are in this one."""
+        return self._workers.pids() if isinstance(self._workers, Supervisor) else []
 
     def _load(self) -> Datapath | None:
         """Load the datapath; None when this host, or the user, wants the relay."""
@@ -212,7 +223,8 @@ class Gateway:
         try:
             datapath = Datapath.load(
                 sessions=self._max_sessions,
-                workers=self._config.threads,
+                workers=self._config.threads * self._processes,
+                processes=self._processes,
                 cgroup=features.find_cgroup2(self._config.cgroup) if has_cgroup else None,
             )
         except DatapathError as error:
@@ -233,41 +245,26 @@ class Gateway:
         self._tally.fallbacks[reason] += 1
         _log.warning("%s", message)
 
-    def _active(self) -> int:
-        return sum(sum(worker.active.values()) for worker in self._workers)
-
-    def _reset_all(self, end: End) -> None:
-        with self._lock:
-            for worker in self._workers:
-                worker.close_sessions(end)
-
-    def _crashed(self, error: BaseException) -> None:
-        """End everything: a gateway without one of its workers strands sessions."""
-        self._crash = error
-        _log.critical("worker died: %s: %s", type(error).__name__, error)
-        self.close()
-
     def _release(self) -> None:
         if self._metrics is not None:
             self._metrics.close()
             self._metrics = None
-        with self._lock, self._reading:
-            if self._deadline is not None:
-                self._deadline.cancel()
+        with self._lock:
             if self._listener is not None:
                 self._listener.close()
-            workers, self._workers = self._workers, []
+            if self._workers is not None:
+                self._workers.release()
+        with self._reading:
             datapath, self._datapath = self._datapath, None
-        for worker in workers:
-            worker.release()
         if datapath is not None:
             datapath.close()
 
 
-def sessions_allowed(nofile: int) -> int:
-    """Return how many sessions an RLIMIT_NOFILE of `nofile` has room for."""
+def sessions_allowed(nofile: int, processes: int = 1) -> int:
+    """Return how many sessions an RLIMIT_NOFILE of `nofile` in each process has room for."""
     allowed = _MAX_SESSIONS if nofile == resource.RLIM_INFINITY else nofile
-    return max(1, min(_MAX_SESSIONS, (allowed - _FDS_RESERVED) // _FDS_PER_SESSION))
+    for_one = max(1, min(_MAX_SESSIONS, (allowed - _FDS_RESERVED) // _FDS_PER_SESSION))
+    return min(_MAX_SESSIONS, for_one * processes)
 
 
 def _raise_nofile() -> int:

@@ -71,6 +71,8 @@ class Listener:
             ) from error
         self.address = format_sockaddr(self.socket.getsockname())
         self.limit = limit
+        self._on_full: Callable[[], None] | None = None
+        self._own = threading.local()
         self._warned_at_s = float("-inf")
         # Guards all below; workers take it at each accept and session's end.
         self._lock = threading.Lock()
@@ -83,8 +85,26 @@ class Listener:
         """Let connections come in. Raises OSError (a port taken meanwhile)."""
         self.socket.listen(_BACKLOG)
 
+    def share(self, limit: int, on_full: Callable[[], None]) -> None:
+        """Go on as the copy of one process among several that were forked; not watched yet.
+
+        `limit` sessions are this process's part. `on_full` is called when it
+        leaves a connection to the others, who may not have been told of it;
+        it must have them call `look_again`, and must not call in here.
+        """
+        self.limit = limit
+        self._on_full = on_full
+
+    def look_again(self) -> None:
+        """Be told of the connections that wait: another process had no room for them."""
+        with self._lock:
+            if self._is_open and not self._is_paused:
+                for poller in self._pollers:
+                    self._requeue(poller)
+
     def watch(self, poller: Poller) -> None:
-        """Have `poller` told of connections, for as long as it lives."""
+        """Have `poller`, the calling thread's, told of connections for as long as it lives."""
+        self._own.poller = poller
         with self._lock:
             self._pollers.append(poller)
             if self._is_open and not self._is_paused:
@@ -104,6 +124,8 @@ class Listener:
             room = min(most, self.limit - self._sessions)
             if not room:
                 self._pause()
+                if self._on_full is not None:
+                    self._on_full()
                 return
             self._sessions += room
         try:
@@ -122,6 +144,8 @@ class Listener:
         if taken < room:
             # Counted while it lasted, it may have made another worker pause.
             self.leave(room - taken)
+        if taken and self._on_full is not None:
+            self._go_last()
 
     def leave(self, count: int = 1) -> None:
         """Count the end of sessions, and accept again if there was no room."""
@@ -153,6 +177,23 @@ class Listener:
             self._is_paused = False
             for poller in self._pollers:
                 self._register(poller)
+
+    def _go_last(self) -> None:
+        """Let the other workers be told first of what comes next.
+
+        The kernel wakes the first of those that sleep, in the order in which
+        they registered: without this one process would have nearly all
+        sessions of a gateway that is not busy. nginx does the same.
+        """
+        with self._lock:
+            poller = getattr(self._own, "poller", None)
+            if poller is not None and self._is_open and not self._is_paused:
+                self._requeue(poller)
+
+    def _requeue(self, poller: Poller) -> None:
+        if not poller.closed:
+            poller.unregister(self.socket)
+            self._register(poller)
 
     def _register(self, poller: Poller) -> None:
         if not poller.closed:

@@ -12,6 +12,7 @@ from __future__ import annotations
 import logging
 import math
 import os
+import resource
 import socket
 import socketserver
 import sys
@@ -172,34 +173,52 @@ class MetricsServer:
     """The page at ``/metrics``, served by daemon threads of its own."""
 
     def __init__(self, server: _Server) -> None:
-        """Start to answer on `server`, which is bound."""
+        """Take `server`, which is bound; `start` answers."""
         self.address = format_sockaddr(server.server_address)
         self._server = server
         # No poll interval: the thread sleeps until somebody connects.
         self._thread = threading.Thread(
             target=server.serve_forever, args=(None,), name="sockgw-metrics", daemon=True
         )
+
+    def start(self) -> None:
+        """Answer from now on."""
         self._thread.start()
+
+    def forget(self) -> None:
+        """Close a forked process's copy of the socket: the page is its parent's."""
+        self._server.socket.close()
 
     def close(self) -> None:
         """Stop answering, and give the port back."""
-        # Linux: shutdown(2) of a listening socket wakes whoever polls it, and
-        # serve_forever() then sees that it was told to stop.
-        self._server.socket.shutdown(socket.SHUT_RDWR)
-        self._server.shutdown()
-        self._thread.join()
+        if self._thread.is_alive():
+            # Linux: shutdown(2) of a listening socket wakes whoever polls it, and
+            # serve_forever() then sees that it was told to stop.
+            self._server.socket.shutdown(socket.SHUT_RDWR)
+            self._server.shutdown()
+            self._thread.join()
         self._server.server_close()
 
 
 def serve(address: Address, snapshot: Callable[[], Snapshot]) -> MetricsServer:
-    """Serve ``http://address/metrics``; each scrape takes one `snapshot`.
+    """Serve ``http://address/metrics`` for this process alone, at once."""
+    server = bind(address, snapshot, list)
+    server.start()
+    return server
+
+
+def bind(
+    address: Address, snapshot: Callable[[], Snapshot], pids: Callable[[], Iterable[int]]
+) -> MetricsServer:
+    """Bind ``http://address/metrics``; each scrape takes one `snapshot`.
 
     `snapshot` is called from a thread of the server's, several at once if
-    there are several scrapes. Raises ConfigError if `address` does not
-    resolve, and OSError, naming the address, if it cannot be bound.
+    there are several scrapes; so is `pids`, which names the worker processes
+    that the process metrics are to include. Raises ConfigError if `address`
+    does not resolve, and OSError, naming the address, if it cannot be bound.
     """
     registry = CollectorRegistry()
-    ProcessCollector(registry=registry)
+    registry.register(_ProcessesCollector(pids))
     PlatformCollector(registry=registry)
     GCCollector(registry=registry)
     registry.register(_GatewayCollector(snapshot))
@@ -250,6 +269,41 @@ class _Server(ThreadingHTTPServer):
         level = logging.DEBUG if isinstance(error, OSError) else logging.ERROR
         client = format_sockaddr(client_address)
         _log.log(level, "metrics for %s failed: %s: %s", client, type(error).__name__, error)
+
+
+class _ProcessesCollector(Collector):
+    """Adds the worker processes to what is said of this one, under the usual names.
+
+    Memory that processes share counts once for each of them.
+    """
+
+    def __init__(self, pids: Callable[[], Iterable[int]]) -> None:
+        """Keep who names the worker processes."""
+        self._pids = pids
+        self._own = ProcessCollector(registry=None)
+        self._cpu_s = 0.0
+
+    def collect(self) -> Iterator[Metric]:
+        """Yield this process's families, each sample the sum over all processes."""
+        families = list(self._own.collect())
+        sums = {family.name: family.samples[0].value for family in families}
+        # Those that have ended, and were waited for.
+        ended = resource.getrusage(resource.RUSAGE_CHILDREN)
+        if "process_cpu_seconds" in sums:
+            sums["process_cpu_seconds"] += ended.ru_utime + ended.ru_stime
+        for pid in self._pids():
+            # Nothing is collected of a process that has ended meanwhile.
+            for family in ProcessCollector(pid=partial(int, pid), registry=None).collect():
+                if family.name in sums and family.name != "process_start_time_seconds":
+                    sums[family.name] += family.samples[0].value
+        if "process_cpu_seconds" in sums:
+            # One that ends between the two looks is in neither: never go back.
+            self._cpu_s = max(self._cpu_s, sums["process_cpu_seconds"])
+            sums["process_cpu_seconds"] = self._cpu_s
+        for family in families:
+            sample = family.samples[0]
+            family.samples[0] = sample._replace(value=sums[family.name])
+            yield family
 
 
 class _GatewayCollector(Collector):

@@ -56,7 +56,7 @@ def kernel_path(splice_verdict: str) -> None:
         pytest.skip(f"sockgw check: relay only\n{splice_verdict}")
 
 
-@pytest.fixture(params=PATHS, ids=lambda path: path.accel)
+@pytest.fixture(params=PATHS, ids=lambda path: path.name)
 def path(request: pytest.FixtureRequest) -> PathUnderTest:
     """Each path in turn: all paths must satisfy the same sentences."""
     found: PathUnderTest = request.param
@@ -113,7 +113,7 @@ def gateway(start: StartGateway, path: PathUnderTest) -> StartGateway:
     """Start gateways on the path under test."""
 
     def start_on_path(*backends: str, **options: Any) -> Gateway:
-        running = start(*backends, **{"accel": path.accel, **options})
+        running = start(*backends, **{"accel": path.accel, "processes": path.processes, **options})
         if running.path != path.label:
             pytest.fail(f"the gateway's path is {running.path}, not {path.label}")
         return running

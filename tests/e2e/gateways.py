@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING, Any
 
 from prometheus_client.parser import text_string_to_metric_families
 
-from .kernel import Process, bpf_ids, bpf_owners, bpftool
+from .kernel import Processes, bpf_ids, bpf_owners, bpftool
 from .waits import DEADLINE_S, eventually
 
 if TYPE_CHECKING:
@@ -161,7 +161,7 @@ class Gateway:
             text=True,
         )
         self.pid = self._process.pid
-        self.process = Process(self.pid)
+        self.process = Processes(self.pid)
         self._lines: list[str] = []
         self._reader = threading.Thread(target=self._read, daemon=True, name="e2e-stderr")
         self._reader.start()
@@ -171,6 +171,8 @@ class Gateway:
         self.fds_at_start: list[str] = []
         self.threads_at_start = 0
         self.bpf_created: dict[str, set[int]] = {}
+        self.expected_errors: str | None = None
+        """What the test makes it complain of, as a regular expression."""
         try:
             self._await_ready()
         except BaseException:
@@ -260,16 +262,21 @@ class Gateway:
 
     @contextmanager
     def paused(self) -> Iterator[None]:
-        """Stop the process (SIGSTOP) for the body: the kernel goes on, the gateway does not."""
-        os.kill(self.pid, signal.SIGSTOP)
-        stat = Path(f"/proc/{self.pid}/stat")
-        eventually(
-            "a stopped process", lambda: stat.read_text().rpartition(")")[2].split()[0] == "T"
-        )
+        """Stop every process (SIGSTOP) for the body: the kernel goes on, the gateway does not."""
+        pids = self.process.pids()
+        for pid in pids:
+            os.kill(pid, signal.SIGSTOP)
+        for pid in pids:
+            stat = Path(f"/proc/{pid}/stat")
+            eventually(
+                "a stopped process",
+                lambda stat=stat: stat.read_text().rpartition(")")[2].split()[0] == "T",  # type: ignore[misc]
+            )
         try:
             yield
         finally:
-            os.kill(self.pid, signal.SIGCONT)
+            for pid in pids:
+                os.kill(pid, signal.SIGCONT)
 
     def signal(self, number: int) -> None:
         """Send it a signal."""
@@ -362,7 +369,9 @@ class Gateway:
                 assert self.stop() == 0, self.stderr
             self.assert_nothing_in_kernel()
             assert "Traceback" not in self.stderr
-            assert "ERROR" not in self.stderr, self.stderr
+            expected = self.expected_errors
+            errors = [line for line in self.lines if "ERROR" in line]
+            assert all(expected and re.search(expected, line) for line in errors), self.stderr
         finally:
             self.kill()
 

@@ -80,6 +80,40 @@ class Process:
         return ids
 
 
+class Processes(Process):
+    """A process and its children, seen as one."""
+
+    def pids(self) -> list[int]:
+        """Return the process itself, then its children."""
+        # A gateway forks from its main thread.
+        children = (self._proc / "task" / str(self.pid) / "children").read_text().split()
+        return [self.pid, *map(int, children)]
+
+    def _each(self) -> list[Process]:
+        return [Process(pid) for pid in self.pids()]
+
+    def fds(self) -> list[str]:
+        """Return what each open file descriptor of each process refers to."""
+        return sorted(target for process in self._each() for target in process.fds())
+
+    def tasks(self) -> list[Path]:
+        """Return the /proc directory of each thread of each process."""
+        return [task for process in self._each() for task in process.tasks()]
+
+    def rss_bytes(self) -> int:
+        """Return the resident memory; what is shared counts once for each process."""
+        return sum(process.rss_bytes() for process in self._each())
+
+    def cpu_s(self) -> float:
+        """Return the CPU time used so far by those that live."""
+        return sum(process.cpu_s() for process in self._each())
+
+    def bpf_ids(self) -> dict[str, set[int]]:
+        """Return the ids of the BPF objects that any of them holds fds of."""
+        held = [process.bpf_ids() for process in self._each()]
+        return {kind: set().union(*(ids[kind] for ids in held)) for kind in held[0]}
+
+
 def bpftool(*args: str | int | Path) -> Any:
     """Run bpftool and return its JSON answer."""
     done = subprocess.run(

@@ -15,18 +15,26 @@ class PathUnderTest:
     accel: str  # the value of --accel
     label: str  # the value of the `path` label in metrics and logs
     in_kernel: bool  # whether the bytes pass by without our process
+    processes: int = 1  # the value of --processes
+
+    @property
+    def name(self) -> str:
+        """The id that a test has on it."""
+        return self.accel if self.processes == 1 else f"{self.accel}-{self.processes}"
 
 
-# Every sentence of the suite holds on each of these. `wire` and `direct` join
+# Every sentence of the suite holds on each of these, whatever the number of
+# processes. `wire` and `direct` join
 # here when they are built.
 PATHS = (
     PathUnderTest(accel="off", label="relay", in_kernel=False),
     PathUnderTest(accel="splice", label="splice", in_kernel=True),
+    PathUnderTest(accel="splice", label="splice", in_kernel=True, processes=2),
 )
 # Named in the help, refused at start.
 UNBUILT_PATHS = ("wire", "direct")
 
 # For the sentences about bytes that pass by without our process.
 in_kernel = pytest.mark.parametrize(
-    "path", [path for path in PATHS if path.in_kernel], indirect=True, ids=lambda path: path.accel
+    "path", [path for path in PATHS if path.in_kernel], indirect=True, ids=lambda path: path.name
 )

@@ -153,7 +153,8 @@ def _delayed_system_calls(gateway: Gateway, calls: str, delay_us: int) -> Iterat
     require("strace")
     tracer = subprocess.Popen(
         [
-            *("strace", "-f", "-qq", "-o", "/dev/null", "-p", str(gateway.pid)),
+            *("strace", "-f", "-qq", "-o", "/dev/null"),
+            *(f"--attach={pid}" for pid in gateway.process.pids()),
             *("-e", f"trace={calls}"),
             *("-e", f"inject={calls}:delay_enter={delay_us}:delay_exit={delay_us}"),
         ],

@@ -93,6 +93,9 @@ BAD_VALUES = [
     Bad("--threads", "0"),
     Bad("--threads", "-1"),
     Bad("--threads", "many"),
+    Bad("--processes", "0"),
+    Bad("--processes", "65"),
+    Bad("--processes", "two"),
     Bad("--connect-timeout", "-1"),
     Bad("--connect-timeout", "soon"),
     Bad("--connect-timeout", "nan"),
@@ -158,7 +161,7 @@ def test_path_that_is_not_built(accel: str) -> None:
     _assert_one_line(_run({"--accel": accel}), UNSUPPORTED, accel)
 
 
-@pytest.fixture(params=[path.accel for path in PATHS])
+@pytest.fixture(params=sorted({path.accel for path in PATHS}))
 def accel(request: pytest.FixtureRequest) -> str:
     """Give each value of --accel that works."""
     value: str = request.param
@@ -228,7 +231,8 @@ def test_help_names_every_option() -> None:
     assert done.returncode == 0
     assert done.stderr == ""
     names = (
-        *("listen", "backend", "accel", "cgroup", "metrics", "threads", "connect-timeout"),
+        *("listen", "backend", "accel", "cgroup", "metrics", "threads"),
+        *("processes", "connect-timeout"),
         *("idle-timeout", "max-connections", "drain-timeout", "log-format"),
     )
     for name in names:

@@ -333,7 +333,7 @@ def test_worker_that_dies_takes_the_gateway_along(
 def test_timers_run_in_their_order(start: Any) -> None:
     """What is due first runs first, and nothing runs for a session that is closed."""
     gateway = start(threads=1)
-    worker: Worker = gateway._workers[0]
+    worker: Worker = next(iter(gateway._workers))
     ran: list[int] = []
     done = threading.Event()
 
