@@ -158,9 +158,9 @@ class Slot:
 class Pair:
     """The kernel's record of a session.
 
-    `to_backend` is None, and `refused` says why, when the client's socket was
-    refused after the backend's had entered the map: nothing is redirected
-    then, and the backend's bytes are passed.
+    If the second socket was refused after the first had entered the map,
+    `refused` says why, and the direction that it feeds is None. Nothing is
+    redirected then, and the first one's bytes are passed.
     """
 
     __slots__ = ("_index", "_request", "refused", "to_backend", "to_client")
@@ -170,7 +170,7 @@ class Pair:
         self._request = request
         self._index = index
         self.to_backend: Slot | None = to_backend
-        self.to_client = to_client
+        self.to_client: Slot | None = to_client
         self.refused: DatapathError | None = None
 
 
@@ -180,10 +180,10 @@ _STEP_OBJECTS = {
     lib.SGW_STEP_COOKIES: ("read", "SO_COOKIE"),
     lib.SGW_STEP_PAIR_CLIENT: ("update", "sock_pair_map"),
     lib.SGW_STEP_PAIR_BACKEND: ("update", "sock_pair_map"),
-    lib.SGW_STEP_SOCK_BACKEND: ("update", "sock_map"),
-    lib.SGW_STEP_SOCK_CLIENT: ("update", "sock_map"),
-    lib.SGW_STEP_KICK_BACKEND: ("set", "SO_RCVLOWAT"),
-    lib.SGW_STEP_KICK_CLIENT: ("set", "SO_RCVLOWAT"),
+    lib.SGW_STEP_SOCK_FIRST: ("update", "sock_map"),
+    lib.SGW_STEP_SOCK_SECOND: ("update", "sock_map"),
+    lib.SGW_STEP_KICK_FIRST: ("set", "SO_RCVLOWAT"),
+    lib.SGW_STEP_KICK_SECOND: ("set", "SO_RCVLOWAT"),
 }
 
 
@@ -304,12 +304,14 @@ class Datapath:
         backend: socket.socket,
         worker: int,
         *,
+        is_client_first: bool = False,
         between: Callable[[str], None] | None = None,
     ) -> Pair:
         """Hand both sockets to the kernel: it redirects from here on.
 
         Both must be ESTABLISHED, and all that was received from either must
-        have been sent to the other. `between`, for tests, is called before
+        have been sent to the other. The silent one enters the map first: by
+        default the backend's. `between`, for tests, is called before
         each step with the step's name.
 
         Raises `DatapathError` when the session has to stay on the relay, with
@@ -331,6 +333,7 @@ class Datapath:
                 "backend": backend.fileno(),
                 "slot": first,
                 "worker": worker,
+                "is_client_first": is_client_first,
             },
         )
         pair = Pair(request, index, to_backend, to_client)
@@ -339,16 +342,19 @@ class Datapath:
             return pair
         hint = "the peer has ended or reset the connection" if number == errno.EOPNOTSUPP else ""
         error = DatapathError(number, *_STEP_OBJECTS[step], hint)
-        if step <= lib.SGW_STEP_SOCK_BACKEND:
+        if step <= lib.SGW_STEP_SOCK_FIRST:
             lib.sgw_unpair(request, step)
             self._free.append(index)
             raise error
-        # The backend is in the map, and out of it only by its close: a
-        # deletion would lose what it passed. It stays there, always passing.
+        # The first is in the map, and out of it only by its close: a deletion
+        # would lose what it passed. It stays there, always passing.
         to_backend.hold()
         to_client.hold()
-        lib.sgw_pair_step(request, lib.SGW_STEP_KICK_BACKEND)
-        pair.to_backend = None
+        lib.sgw_pair_step(request, lib.SGW_STEP_KICK_FIRST)
+        if is_client_first:
+            pair.to_client = None
+        else:
+            pair.to_backend = None
         pair.refused = error
         return pair
 

@@ -60,12 +60,12 @@ class Direction:
     __slots__ = (
         "_copied_at_s",
         "_flush_began_s",
-        "_has_seen_fin",
         "_host",
         "_is_looking",
         "_is_looking_back",
         "_is_widening",
         "_looks",
+        "has_seen_fin",
         "relay",
         "spills",
         "splice",
@@ -81,7 +81,7 @@ class Direction:
         self.state = State.ENDED if is_ended else State.WAITING
         self.spills = 0
         self._host = host
-        self._has_seen_fin = is_ended
+        self.has_seen_fin = is_ended
         self._is_looking = False
         self._is_looking_back = False
         self._is_widening = False
@@ -95,9 +95,14 @@ class Direction:
         return self.state is State.ENDED
 
     @property
+    def is_copying(self) -> bool:
+        """Whether userspace copies, and holds nothing."""
+        return self.state is State.COPYING and not self.relay.is_holding
+
+    @property
     def wants_read(self) -> bool:
         """Whether to watch the source for bytes."""
-        return self.state is State.COPYING and not self.relay.is_holding
+        return self.is_copying
 
     @property
     def wants_write(self) -> bool:
@@ -126,13 +131,19 @@ class Direction:
             self._feed(Event.CONNECTED)
         else:
             self._feed(Event.PAIRED)
-            if self._has_seen_fin:
+            if self.has_seen_fin:
                 self._feed(Event.FIN)
+
+    def paired(self, splice: Splice | None) -> None:
+        """Go over to the kernel, if it has taken the source; `is_copying` was true just now."""
+        self.splice = splice
+        if splice is not None and splice.can_return:
+            self._feed(Event.PAIRED)
 
     def saw_fin(self) -> None:
         """Take note that the source's peer has sent its FIN."""
-        if not self._has_seen_fin:
-            self._has_seen_fin = True
+        if not self.has_seen_fin:
+            self.has_seen_fin = True
             if self.state is not State.COPYING:  # the copy comes to it by itself
                 self._feed(Event.FIN)
 
@@ -312,7 +323,7 @@ class Direction:
         now_s = time.monotonic()
         if splice.wants_return(now_s - self._copied_at_s) and splice.returned(now_s):
             self._feed(Event.RETURNED)
-            if self._has_seen_fin:
+            if self.has_seen_fin:
                 self._feed(Event.FIN)
         else:
             self._look_back()

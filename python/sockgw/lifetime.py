@@ -40,6 +40,8 @@ _log = logging.getLogger("sockgw")
 _QUIET: Final = select.EPOLLRDHUP | select.EPOLLET
 _GRACE_S: Final = 0.05
 """How long the last bytes before a reset may take to reach the other side."""
+_LATE_S: Final = 0.1
+"""A session that was streaming is paired when it is silent for so long."""
 _SETTLE_S: Final = 0.001
 _ABORT: Final = struct.pack("ii", 1, 0)  # struct linger: on, 0 s: close() resets
 _NONE: Final = {Path.SPLICE: 0, Path.RELAY: 0}
@@ -80,6 +82,7 @@ class Session:
         "_directions",
         "_end",
         "_grace_until_s",
+        "_late_moved",
         "_moved",
         "_started_s",
         "_worker",
@@ -103,7 +106,7 @@ class Session:
         self._directions: tuple[Direction, Direction] | None = None
         self._active_at_s = time.monotonic()
         self._started_s = self._active_at_s - released.age_s
-        self._moved = -1
+        self._moved = self._late_moved = -1
         self._client_has_fin = False
         self._client_mask = self._backend_mask = 0
         self._end: End | None = None
@@ -341,11 +344,12 @@ class Session:
         if self._client_has_fin:
             to_backend.saw_fin()
         splices: dict[Way, Splice] = {}
-        if released is None or released.reason in (Reason.CONNECTED, Reason.HANDOVER):
-            splices = self._pair(to_backend, to_client)
-        if released is None or released.reason is Reason.CONNECTED:
+        if released is None or released.reason is Reason.HANDOVER:
+            is_answer = released is not None and released.way is Way.TO_CLIENT
+            splices = self._pair(to_backend, to_client, is_client_first=is_answer)
+        if released is None or not released.is_counted:
             self.tally.sessions_total[self.path.value] += 1
-        elif released.reason is Reason.FULL:
+        if released is not None and released.reason is Reason.FULL:
             stalled = to_backend if released.way is Way.TO_BACKEND else to_client
             stalled.relay.hold(released.held)
         # What the backend says first must not wait for what the client sends.
@@ -355,16 +359,39 @@ class Session:
             self.lost(released.way, OSError(released.error, os.strerror(released.error)))
         elif released is not None and released.reason is Reason.NO_MEMORY:
             self.close(End.ERROR)
+        elif self.pair is None and self._worker.datapath is not None:
+            self.later(_LATE_S, self._pair_late)
         self.rewatch()
 
-    def _pair(self, to_backend: Direction, to_client: Direction) -> dict[Way, Splice]:
+    def _pair_late(self) -> None:
+        """Pair a session that was not, because it was streaming, once it is silent."""
+        if self._directions is None or self._end is not None or self.pair is not None:
+            return
+        to_backend, to_client = self._directions
+        if to_backend.has_seen_fin or to_client.has_seen_fin:
+            return
+        moved = to_backend.moved + to_client.moved
+        if moved != self._late_moved or not (to_backend.is_copying and to_client.is_copying):
+            self._late_moved = moved
+            self.later(_LATE_S, self._pair_late)
+            return
+        splices = self._pair(to_backend, to_client)
+        for direction in (to_client, to_backend):
+            direction.paired(splices.get(direction.way))
+        self.rewatch()
+
+    def _pair(
+        self, to_backend: Direction, to_client: Direction, *, is_client_first: bool = False
+    ) -> dict[Way, Splice]:
         """Hand both sockets to the kernel; empty when it does not take them."""
         worker, datapath = self._worker, self._worker.datapath
         client, backend = to_backend.relay.source, to_backend.relay.target
         pair: Pair | None = None
         if datapath is not None:
             try:
-                self.pair = pair = datapath.pair(client, backend, worker.index)
+                self.pair = pair = datapath.pair(
+                    client, backend, worker.index, is_client_first=is_client_first
+                )
             except DatapathError as error:
                 self._refused(error)
         if datapath is None or pair is None:

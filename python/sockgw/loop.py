@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import enum
 import select
-from typing import TYPE_CHECKING, Any, Final, NamedTuple, Protocol
+from typing import TYPE_CHECKING, Final, NamedTuple, Protocol
 
 from sockgw import _bpf
 from sockgw.config import format_sockaddr
@@ -41,27 +41,25 @@ class Handover(enum.IntEnum):
     """When the loop lets go of a session for a faster path."""
 
     NEVER = 0
-    AT_ONCE = 1
-    """When its backend has answered the dial."""
+    AT_ANSWER = 1
+    """At the backend's first bytes."""
     AT_SECOND = 2
-    """At the client's first bytes after the backend's first."""
+    """At the client's first bytes after those."""
 
 
 class Reason(enum.IntEnum):
     """Why the loop let go of a session."""
 
-    CONNECTED = 0
-    """Its backend has answered the dial, and a faster path is to be tried."""
-    HANDOVER = 1
-    """The same, of a session that has been with the loop."""
-    ASKED = 2
-    """`Loop.release` was called."""
-    DIAL_FAILED = 3
-    FAILED = 4
+    HANDOVER = 0
+    """A faster path is worth it now."""
+    ASKED = 1
+    """`Loop.release_all` or `release_silent` was called."""
+    DIAL_FAILED = 2
+    FAILED = 3
     """A socket failed."""
-    FULL = 5
+    FULL = 4
     """A target has no room."""
-    NO_MEMORY = 6
+    NO_MEMORY = 5
     """The same, and what could not be sent is lost."""
 
 
@@ -75,6 +73,8 @@ class Released(NamedTuple):
     """Its place in the rotation over the backends."""
     backend: socket.socket | None = None
     is_connected: bool = False
+    is_counted: bool = False
+    """Whether `Loop.relayed` has it."""
     way: Way = Way.TO_BACKEND
     """FULL: the direction; FAILED: the one that the socket feeds."""
     error: int = 0
@@ -116,8 +116,8 @@ class Loop(Protocol):
         """Sessions that are with the loop now."""
 
     @property
-    def connected(self) -> int:
-        """Sessions that reached a backend while with the loop."""
+    def relayed(self) -> int:
+        """Sessions so far whose path turned out to be this one."""
 
     @property
     def sent(self) -> tuple[int, int]:
@@ -145,11 +145,14 @@ class Loop(Protocol):
         Raises OSError if accept() failed before there was one.
         """
 
-    def release(self, *, quiet_s: float = 0.0, age_s: float = 0.0, reason: Reason) -> int:
-        """Release the sessions silent and open for so long; without either, all.
+    def release_all(self) -> int:
+        """Release sessions; return how many, to be repeated until that is 0."""
 
-        Returns how many; to be repeated, after `released`, until it is 0.
-        """
+    def release_silent(self, silent_s: float) -> int:
+        """Release those that have been silent for so long, in the same way."""
+
+    def hand_over(self, *, silent_s: float, age_s: float) -> int:
+        """Release those that are silent, or have lasted, for so long: a faster path is worth it."""
 
     def released(self) -> list[Released]:
         """Take over what was released since the last call."""
@@ -201,7 +204,7 @@ def open_run() -> Run | None:
 class PythonLoop:
     """`select.epoll`, and no session is plain."""
 
-    open = connected = 0
+    open = relayed = 0
     sent = _NOTHING
 
     def __init__(self, backends: Backends) -> None:
@@ -239,8 +242,16 @@ class PythonLoop:
             )
         return most
 
-    def release(self, **_criteria: Any) -> int:  # noqa: ANN401
+    def release_all(self) -> int:
         """Release nothing: all were, as they came."""
+        return 0
+
+    def release_silent(self, silent_s: float) -> int:  # noqa: ARG002
+        """Release nothing."""
+        return 0
+
+    def hand_over(self, *, silent_s: float, age_s: float) -> int:  # noqa: ARG002
+        """Release nothing."""
         return 0
 
     def released(self) -> list[Released]:

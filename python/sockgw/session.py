@@ -151,6 +151,7 @@ TABLE: Final[Mapping[tuple[State, Event], tuple[State, Action]]] = {
     (State.SPILLING, Event.FLUSHED): (State.COPYING, Action.COPY),
     (State.SPILLING, Event.SPILLED): (State.SPILLING, Action.NOTHING),
     (State.SPILLING, Event.FIN): (State.SPILLING, Action.NOTHING),
+    (State.COPYING, Event.PAIRED): (State.SPLICED, Action.SLEEP),
     (State.COPYING, Event.OVERTAKEN): (State.SPILLING, Action.FLUSH),
     (State.COPYING, Event.RETURNED): (State.SPLICED, Action.SLEEP),
     (State.COPYING, Event.SPILLED): (State.COPYING, Action.NOTHING),

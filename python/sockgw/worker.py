@@ -24,7 +24,7 @@ from typing import TYPE_CHECKING, Final
 from sockgw.lifetime import Line, Session
 from sockgw.listener import RETRY_S
 from sockgw.log import AccessLog
-from sockgw.loop import WAYS, Handover, Reason, open_loop, open_run
+from sockgw.loop import WAYS, Handover, open_loop, open_run
 from sockgw.metrics import Tally
 from sockgw.relay import Buffers, set_up
 from sockgw.session import End, Path
@@ -52,6 +52,9 @@ _WINDOW_S: Final = 0.25
 """... in each stretch of time this long."""
 _LASTS_S: Final = 0.5
 """In a rush, a session this old is worth a pair."""
+_SILENT_S: Final = 0.01
+"""Else one is that is silent for so long, whether it has had an answer or not."""
+_NEVER_S: Final = 1e9
 _RUSH: Final = 1000
 """Sessions after whose end an empty worker returns memory: the interpreter keeps
 whole arenas for a few free objects in each, until a collection drops those
@@ -94,7 +97,7 @@ class Worker:
             is_logging=self.access_log.is_enabled,
         )
         if datapath is not None:
-            self.loop.handover = Handover.AT_ONCE
+            self.loop.handover = Handover.AT_ANSWER
         self._idle_timeout_s = idle_timeout_s
         self._on_crash = on_crash
         self._owners: dict[int, Session | Callable[[], None]] = {}
@@ -105,7 +108,7 @@ class Worker:
         self._round_s = 0.0
         self._brief = 0
         self._brief_since_s = 0.0
-        self._is_sweeping = False
+        self._is_handing_over = False
         self._discarded: list[socket.socket] = []
         self._warned_reasons = warned_reasons
         self._is_draining = False
@@ -127,7 +130,7 @@ class Worker:
         """Reset every session now."""
 
         def close_all() -> None:
-            self._release(Reason.ASKED, end=end)
+            self._close_plain(self.loop.release_all, end)
             for session in list(self.sessions):
                 session.close(end)
 
@@ -141,7 +144,7 @@ class Worker:
     def tally(self) -> Tally:
         """What was counted so far."""
         tally = Tally.merge([self.counting])
-        tally.sessions_total[Path.RELAY.value] += self.loop.connected
+        tally.sessions_total[Path.RELAY.value] += self.loop.relayed
         for way, sent in zip(WAYS, self.loop.sent, strict=True):
             tally.bytes[way.value, Path.RELAY.value] += sent
         return tally
@@ -260,7 +263,7 @@ class Worker:
         except BaseException as error:  # noqa: BLE001 - the gateway must not live on without it
             self._on_crash(error)
             with suppress(Exception):  # as much of it as still can be
-                self._release(Reason.ASKED, end=End.ERROR)
+                self._close_plain(self.loop.release_all, End.ERROR)
             for session in list(self.sessions):
                 with suppress(Exception):
                     session.close(End.ERROR)
@@ -379,13 +382,16 @@ class Worker:
     def _on_connection(self) -> None:
         if self.datapath is not None:
             self._choose_handover()
+            if not self._is_handing_over:
+                self._is_handing_over = True
+                self.after(_SILENT_S, None, self._hand_over)
         try:
             self.listener.accept(self.loop.accept, _ACCEPTS)
         except OSError:
             self.after(RETRY_S, None, self.listener.resume)
 
     def _choose_handover(self) -> None:
-        """Pair at once, or, while sessions come and go, only what lasts.
+        """Pair from the first answer on, or, while sessions come and go, only what lasts.
 
         To pair and to unpair costs as much as a whole short session on the
         relay.
@@ -395,30 +401,22 @@ class Worker:
         if window_s < _WINDOW_S:
             return
         is_rush = self._brief >= _BRIEF_PER_S * window_s
-        self.loop.handover = Handover.AT_SECOND if is_rush else Handover.AT_ONCE
+        self.loop.handover = Handover.AT_SECOND if is_rush else Handover.AT_ANSWER
         self._brief, self._brief_since_s = 0, now_s
-        if is_rush and not self._is_sweeping:
-            self._is_sweeping = True
-            self.after(_LASTS_S, None, self._hand_over)
 
     def _hand_over(self) -> None:
-        """Pair the sessions that have turned out to last."""
-        self._is_sweeping = False
-        self._release(Reason.HANDOVER, age_s=_LASTS_S)
-        if self.loop.open:
-            self._is_sweeping = True
-            self.after(_LASTS_S / 2, None, self._hand_over)
+        """Pair the sessions that the loop would keep although they last."""
+        is_rush = self.loop.handover is Handover.AT_SECOND
+        silent_s, age_s = (_NEVER_S, _LASTS_S) if is_rush else (_SILENT_S, _NEVER_S)
+        while self.loop.hand_over(silent_s=silent_s, age_s=age_s):
+            self._take_over()
+        self._is_handing_over = self.loop.open > 0
+        if self._is_handing_over:
+            self.after(_LASTS_S / 2 if is_rush else _SILENT_S, None, self._hand_over)
 
-    def _release(
-        self,
-        reason: Reason,
-        *,
-        quiet_s: float = 0.0,
-        age_s: float = 0.0,
-        end: End | None = None,
-    ) -> None:
-        """Have the loop release sessions; `end` them, or go on with them."""
-        while self.loop.release(reason=reason, quiet_s=quiet_s, age_s=age_s):
+    def _close_plain(self, release: Callable[[], int], end: End) -> None:
+        """Close what the loop has, as far as `release` releases it."""
+        while release():
             self._take_over(end)
 
     def _drain(self) -> None:
@@ -427,7 +425,8 @@ class Worker:
     def _sweep(self) -> None:
         """Look for idle sessions, four times in the time that makes one."""
         now_s = time.monotonic()
-        self._release(Reason.ASKED, quiet_s=self._idle_timeout_s, end=End.IDLE_TIMEOUT)
+        idle = partial(self.loop.release_silent, self._idle_timeout_s)
+        self._close_plain(idle, End.IDLE_TIMEOUT)
         for session in list(self.sessions):
             session.reset_if_idle(now_s, self._idle_timeout_s)
         self.after(min(max(self._idle_timeout_s / 4, 0.05), 30.0), None, self._sweep)

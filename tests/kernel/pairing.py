@@ -155,11 +155,21 @@ class Pairing:
         peers = (self.client, self.server)
         return peers if way is Way.TO_BACKEND else peers[::-1]
 
-    def pair(self, between: Callable[[str], None] | None = None, *, worker: int = 0) -> None:
+    def pair(
+        self,
+        between: Callable[[str], None] | None = None,
+        *,
+        worker: int = 0,
+        is_client_first: bool = False,
+    ) -> None:
         """Pair, and begin, as a session does."""
         self.worker = worker
         self.pairs = pairs = self.datapath.pair(
-            self.client_socket, self.backend_socket, worker, between=between
+            self.client_socket,
+            self.backend_socket,
+            worker,
+            is_client_first=is_client_first,
+            between=between,
         )
         slots = {Way.TO_BACKEND: pairs.to_backend, Way.TO_CLIENT: pairs.to_client}
         for direction in (self.to_client, self.to_backend):

@@ -21,13 +21,13 @@ STEPS = (
     "COOKIES",
     "PAIR_CLIENT",
     "PAIR_BACKEND",
-    "SOCK_BACKEND",
-    "SOCK_CLIENT",
-    "KICK_BACKEND",
-    "KICK_CLIENT",
+    "SOCK_FIRST",
+    "SOCK_SECOND",
+    "KICK_FIRST",
+    "KICK_SECOND",
 )
 """The steps of pairing; `between` is called before each."""
-AFTER_THE_MAP = STEPS[STEPS.index("KICK_BACKEND") :]
+AFTER_THE_MAP = STEPS[STEPS.index("KICK_FIRST") :]
 
 
 def at(step: str, action: object) -> object:
@@ -47,8 +47,11 @@ def test_every_step_is_known(session_pair: Pairing) -> None:
     assert seen == [f"SGW_STEP_{step}" for step in STEPS]
 
 
+@pytest.mark.parametrize("is_client_first", [False, True], ids=["backend_first", "client_first"])
 @pytest.mark.parametrize("step", STEPS)
-def test_bytes_at_a_step_arrive_in_order(session_pair: Pairing, step: str) -> None:
+def test_bytes_at_a_step_arrive_in_order(
+    session_pair: Pairing, step: str, is_client_first: bool
+) -> None:
     """What both sides send before pairing, at one of its steps and after it arrives in order."""
     for peer in (session_pair.client, session_pair.server):
         peer.send(b"before, ")
@@ -57,7 +60,7 @@ def test_bytes_at_a_step_arrive_in_order(session_pair: Pairing, step: str) -> No
         for peer in (session_pair.client, session_pair.server):
             peer.send(b"between, ")
 
-    session_pair.pair(at(step, send))
+    session_pair.pair(at(step, send), is_client_first=is_client_first)
     for way in Way:  # with nothing behind them that would make the verdict run
         session_pair.expect(way, b"before, between, ")
     for peer in (session_pair.client, session_pair.server):

@@ -148,13 +148,29 @@ def half_pair(session_pair: Pairing, between: Callable[[], None] = lambda: None)
     """Pair, with the client's FIN after the backend has entered the map."""
 
     def end_client(step: str) -> None:
-        if step == "SGW_STEP_SOCK_CLIENT":
+        if step == "SGW_STEP_SOCK_SECOND":
             session_pair.client.finish(b"whole")
             between()
 
     session_pair.pair(end_client)
     assert session_pair.pairs.refused.errno == errno.EOPNOTSUPP
     assert session_pair.pairs.to_backend is None
+
+
+def test_half_pair_the_other_way_round(session_pair: Pairing) -> None:
+    """A backend that ends after the client has entered the map is refused, and relayed."""
+
+    def end_server(step: str) -> None:
+        if step == "SGW_STEP_SOCK_SECOND":
+            session_pair.server.finish(b"whole")
+
+    session_pair.client.send(b"early, ")
+    session_pair.pair(end_server, is_client_first=True)
+    assert session_pair.pairs.refused.errno == errno.EOPNOTSUPP
+    assert session_pair.pairs.to_client is None
+    session_pair.expect(Way.TO_CLIENT, b"whole")
+    session_pair.client.send(b"late")
+    session_pair.expect(Way.TO_BACKEND, b"early, late")
 
 
 def test_half_pair_relays_both_ways(session_pair: Pairing) -> None:

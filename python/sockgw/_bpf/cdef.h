@@ -49,10 +49,10 @@ enum sgw_step {
 	SGW_STEP_COOKIES,
 	SGW_STEP_PAIR_CLIENT, /* sock_pair_map before sock_map: */
 	SGW_STEP_PAIR_BACKEND, /* a verdict that runs finds its pair */
-	SGW_STEP_SOCK_BACKEND, /* the silent side first */
-	SGW_STEP_SOCK_CLIENT,
-	SGW_STEP_KICK_BACKEND,
-	SGW_STEP_KICK_CLIENT,
+	SGW_STEP_SOCK_FIRST,
+	SGW_STEP_SOCK_SECOND,
+	SGW_STEP_KICK_FIRST,
+	SGW_STEP_KICK_SECOND,
 	SGW_STEPS,
 };
 
@@ -63,6 +63,10 @@ struct sgw_pair {
 	int backend;
 	uint32_t slot; /* to_backend; the next one is to_client */
 	uint32_t worker;
+	/* Which enters sock_map first: the silent one. What the other one's peer
+	 * sends meanwhile would find no target, and be passed.
+	 */
+	bool is_client_first;
 	uint64_t client_cookie; /* set by SGW_STEP_COOKIES */
 	uint64_t backend_cookie;
 };
@@ -136,14 +140,13 @@ void sgw_run(struct sgw_run *run);
 
 enum sgw_handover { /* when a session is released for a faster path */
 	SGW_NEVER,
-	SGW_AT_ONCE, /* when its backend has answered the dial */
-	SGW_AT_SECOND, /* at the client's first bytes after an answer */
+	SGW_AT_ANSWER, /* at the backend's first bytes */
+	SGW_AT_SECOND, /* at the client's first bytes after those */
 };
 
 enum sgw_reason {
-	SGW_CONNECTED, /* its backend has answered the dial */
-	SGW_HANDOVER, /* what sgw_handover said has come */
-	SGW_ASKED, /* sgw_loop_release() */
+	SGW_HANDOVER, /* a faster path is worth it now */
+	SGW_ASKED, /* sgw_loop_release...() */
 	SGW_DIAL_FAILED, /* by error */
 	SGW_FAILED, /* the socket that feeds way, by error if that is not 0 */
 	SGW_FULL, /* held is what way's target has no room for */
@@ -157,13 +160,14 @@ struct sgw_event {
 
 struct sgw_released {
 	enum sgw_reason reason;
-	uint32_t way; /* SOCK_SLOT_TO_... */
+	uint32_t way; /* SOCK_SLOT_TO_...; of SGW_HANDOVER, whose bytes there are */
 	int error;
 	int client;
 	int backend; /* -1: there is no socket */
 	int client_family;
 	int backend_family;
 	bool is_connected;
+	bool is_counted; /* in sgw_loop.relayed */
 	uint32_t turn;
 	uint64_t age_ns;
 	uint64_t bytes[2]; /* sent on, by way */
@@ -183,11 +187,11 @@ struct sgw_ended { /* a session that ended without having been released */
 
 struct sgw_loop {
 	enum sgw_handover handover; /* may be set at any time */
-	/* Sessions now with the loop; sessions that reached a backend with it, and
-	 * bytes that it sent on, since it was opened.
+	uint32_t open; /* sessions that are with the loop now */
+	/* Since it was opened: sessions whose path turned out to be this one,
+	 * bytes sent on.
 	 */
-	uint32_t open;
-	uint64_t connected;
+	uint64_t relayed;
 	uint64_t bytes[2];
 	const struct sgw_event *events;
 	int released_count; /* for the caller to set back to 0 */
@@ -223,9 +227,10 @@ int sgw_loop_accept(struct sgw_loop *loop, int listener, int most);
  * the timeout (-1: none) or a signal. -errno if it cannot go on.
  */
 int sgw_loop_wait(struct sgw_loop *loop, int64_t timeout_ns);
-/* Release what was silent for quiet_ns and open for age_ns, or (0 and 0) every
- * session; the number released, to be repeated until that is 0.
- */
-int sgw_loop_release(struct sgw_loop *loop, enum sgw_reason reason, uint64_t quiet_ns,
-		     uint64_t age_ns);
+/* Release sessions; the number released, to be repeated until that is 0. */
+int sgw_loop_release_all(struct sgw_loop *loop);
+/* ... those that have been silent for so long. */
+int sgw_loop_release_silent(struct sgw_loop *loop, uint64_t silent_ns);
+/* ... for a faster path: those that are silent now, or have lasted so long. */
+int sgw_loop_hand_over(struct sgw_loop *loop, uint64_t silent_ns, uint64_t age_ns);
 void free(void *memory);

@@ -51,10 +51,16 @@
 
 #define NAME_BYTES sizeof(((struct sgw_ended *)0)->client_name)
 
+/* One that has sent so much without an answer is a stream. It is no slower here
+ * than spliced, so it stays until it pauses for so many times as long as others.
+ */
+#define STREAM_BYTES 65536
+#define STREAM_PAUSE 16
+
 /* Buffers copied before the other sessions have their turn. */
 #define STEPS 8
 
-enum state { FREE, DIALLING, OPEN };
+enum state { FREE, DIALLING, CONNECTED };
 
 struct session {
 	uint64_t started_ns;
@@ -63,14 +69,20 @@ struct session {
 	int fds[2]; /* by side */
 	uint32_t generation;
 	uint32_t turn;
-	uint32_t next; /* in the list of the free, or of those that dial */
+	uint32_t next; /* in its state's list */
 	uint32_t previous;
 	uint32_t seen; /* epoll's events of the client while its backend is dialled */
 	uint8_t state;
 	uint8_t is_ended[2]; /* by way: its FIN is passed on */
 	uint8_t is_urgent; /* urgent bytes were seen */
 	uint8_t is_answered; /* the backend has sent something */
+	uint8_t is_counted; /* in relayed */
 	struct sockaddr_in6 address; /* or sockaddr_in */
+};
+
+struct list {
+	uint32_t first;
+	uint32_t last;
 };
 
 struct target {
@@ -88,9 +100,9 @@ struct loop {
 	struct session *sessions;
 	uint32_t used; /* sessions[] from here on were never touched */
 	uint32_t free;
-	/* Those that dial, the oldest first: each may take equally long. */
-	uint32_t dial_first;
-	uint32_t dial_last;
+	/* The oldest first: each dial may take equally long. */
+	struct list dialling;
+	struct list connected;
 	struct sgw_event events[EVENTS];
 	struct sgw_released released[RECORDS];
 	struct sgw_ended ended[RECORDS];
@@ -110,29 +122,29 @@ static const struct target *target_of(const struct loop *loop, const struct sess
 	return &loop->targets[session->turn % loop->target_count];
 }
 
-static void dial_append(struct loop *loop, uint32_t index)
+static void append(struct loop *loop, struct list *list, uint32_t index)
 {
 	struct session *session = &loop->sessions[index];
 
 	session->next = NONE;
-	session->previous = loop->dial_last;
-	if (loop->dial_last == NONE)
-		loop->dial_first = index;
+	session->previous = list->last;
+	if (list->last == NONE)
+		list->first = index;
 	else
-		loop->sessions[loop->dial_last].next = index;
-	loop->dial_last = index;
+		loop->sessions[list->last].next = index;
+	list->last = index;
 }
 
-static void dial_remove(struct loop *loop, uint32_t index)
+static void take_out(struct loop *loop, struct list *list, uint32_t index)
 {
 	struct session *session = &loop->sessions[index];
 
 	if (session->previous == NONE)
-		loop->dial_first = session->next;
+		list->first = session->next;
 	else
 		loop->sessions[session->previous].next = session->next;
 	if (session->next == NONE)
-		loop->dial_last = session->previous;
+		list->last = session->previous;
 	else
 		loop->sessions[session->next].previous = session->previous;
 }
@@ -151,8 +163,7 @@ static void free_session(struct loop *loop, uint32_t index)
 {
 	struct session *session = &loop->sessions[index];
 
-	if (session->state == DIALLING)
-		dial_remove(loop, index);
+	take_out(loop, session->state == DIALLING ? &loop->dialling : &loop->connected, index);
 	session->state = FREE;
 	session->generation++;
 	session->next = loop->free;
@@ -178,6 +189,14 @@ static void format_address(const struct sockaddr_in6 *address, char *text)
 	snprintf(text, NAME_BYTES, format, host, ntohs(address->sin6_port));
 }
 
+static void count_relayed(struct loop *loop, struct session *session)
+{
+	if (!session->is_counted) {
+		session->is_counted = 1;
+		loop->public.relayed++;
+	}
+}
+
 /* Let Python have the session as it is, and its sockets. */
 static struct sgw_released *release(struct loop *loop, uint32_t index, enum sgw_reason reason)
 {
@@ -190,7 +209,8 @@ static struct sgw_released *release(struct loop *loop, uint32_t index, enum sgw_
 	record->backend = session->fds[BACKEND];
 	record->client_family = session->address.sin6_family;
 	record->backend_family = target_of(loop, session)->address.sin6_family;
-	record->is_connected = session->state == OPEN;
+	record->is_connected = session->state == CONNECTED;
+	record->is_counted = session->is_counted;
 	record->turn = session->turn;
 	record->age_ns = loop->now_ns - session->started_ns;
 	memcpy(record->bytes, session->bytes, sizeof(record->bytes));
@@ -235,6 +255,7 @@ static void finish(struct loop *loop, uint32_t index)
 	struct session *session = &loop->sessions[index];
 	struct sgw_ended *record = &loop->ended[loop->public.ended_count++];
 
+	count_relayed(loop, session);
 	record->turn = session->turn;
 	record->age_ns = loop->now_ns - session->started_ns;
 	memcpy(record->bytes, session->bytes, sizeof(record->bytes));
@@ -305,6 +326,8 @@ static void copy(struct loop *loop, uint32_t index, uint32_t side, uint32_t even
 			return;
 		}
 		session->is_answered |= side == BACKEND;
+		if (session->bytes[way] > STREAM_BYTES)
+			count_relayed(loop, session);
 		/* Less than there was room for is all there is, and the next
 		 * byte is an event; a FIN that was announced is not.
 		 */
@@ -337,7 +360,7 @@ static int dial(struct loop *loop, uint32_t index)
 	if (loop->settings.receive_bytes)
 		set(fd, SOL_SOCKET, loop->settings.receive_option, loop->settings.receive_bytes);
 	/* In a rush the kernel is spared: finish() asks TCP itself. */
-	if (loop->settings.stats_map >= 0 && loop->public.handover == SGW_AT_ONCE)
+	if (loop->settings.stats_map >= 0 && loop->public.handover != SGW_AT_SECOND)
 		bpf_map_update_elem(loop->settings.stats_map, &fd, &nothing, BPF_ANY);
 	if (connect(fd, (const struct sockaddr *)&target->address, target->length) &&
 	    errno != EINPROGRESS)
@@ -361,7 +384,7 @@ static void begin(struct loop *loop, int client, const struct sockaddr_in6 *addr
 	session->address = *address;
 	session->turn = (uint32_t)__atomic_fetch_add(loop->settings.turns, 1, __ATOMIC_RELAXED);
 	session->state = DIALLING;
-	dial_append(loop, index);
+	append(loop, &loop->dialling, index);
 	loop->public.open++;
 
 	error = watch(loop, index, CLIENT, EPOLL_CTL_ADD, WATCH);
@@ -369,6 +392,31 @@ static void begin(struct loop *loop, int client, const struct sockaddr_in6 *addr
 		error = dial(loop, index);
 	if (error)
 		release_undialled(loop, index, error);
+}
+
+/* A session that answers may go on for long: from its first answer on, or in a
+ * rush of short ones from its second exchange on, it goes by the faster path.
+ */
+static bool is_worth_handover(const struct loop *loop, const struct session *session, uint32_t side,
+			      uint32_t events)
+{
+	switch (loop->public.handover) {
+	case SGW_AT_ANSWER:
+		return side == BACKEND;
+	case SGW_AT_SECOND:
+		return side == CLIENT && session->is_answered && !(events & EPOLLRDHUP);
+	case SGW_NEVER:
+		break;
+	}
+	return false;
+}
+
+static void on_bytes(struct loop *loop, uint32_t index, uint32_t side, uint32_t events)
+{
+	if (is_worth_handover(loop, &loop->sessions[index], side, events))
+		release(loop, index, SGW_HANDOVER)->way = side;
+	else
+		copy(loop, index, side, events);
 }
 
 static void decide_dial(struct loop *loop, uint32_t index, uint32_t events)
@@ -387,18 +435,17 @@ static void decide_dial(struct loop *loop, uint32_t index, uint32_t events)
 	}
 	if (!(events & EPOLLOUT))
 		return;
-	dial_remove(loop, index);
-	session->state = OPEN;
-	if (loop->public.handover == SGW_AT_ONCE) {
-		release(loop, index, SGW_CONNECTED);
-		return;
-	}
-	loop->public.connected++;
+	take_out(loop, &loop->dialling, index);
+	append(loop, &loop->connected, index);
+	session->state = CONNECTED;
+	session->active_ns = loop->now_ns;
+	if (loop->public.handover == SGW_NEVER)
+		count_relayed(loop, session);
 	/* What the backend says first must not wait for what the client sends. */
 	if (events & ~EPOLLOUT)
-		copy(loop, index, BACKEND, events);
+		on_bytes(loop, index, BACKEND, events);
 	if (session->generation == generation && session->seen)
-		copy(loop, index, CLIENT, session->seen);
+		on_bytes(loop, index, CLIENT, session->seen);
 }
 
 static void on_event(struct loop *loop, uint32_t index, uint32_t side, uint32_t events)
@@ -411,20 +458,17 @@ static void on_event(struct loop *loop, uint32_t index, uint32_t side, uint32_t 
 		release_failed(loop, index, side, 0);
 	else if (session->state == DIALLING)
 		session->seen |= events;
-	else if (side == CLIENT && session->is_answered && !(events & EPOLLRDHUP) &&
-		 loop->public.handover == SGW_AT_SECOND)
-		release(loop, index, SGW_HANDOVER);
 	else if (!session->is_ended[side] && events & ~EPOLLOUT)
-		copy(loop, index, side, events);
+		on_bytes(loop, index, side, events);
 }
 
 static void give_up_dials(struct loop *loop)
 {
 	uint64_t patience_ns = loop->settings.connect_timeout_ns;
 
-	while (loop->dial_first != NONE && loop->public.released_count < RECORDS &&
-	       loop->sessions[loop->dial_first].started_ns + patience_ns <= loop->now_ns)
-		release_undialled(loop, loop->dial_first, ETIMEDOUT);
+	while (loop->dialling.first != NONE && loop->public.released_count < RECORDS &&
+	       loop->sessions[loop->dialling.first].started_ns + patience_ns <= loop->now_ns)
+		release_undialled(loop, loop->dialling.first, ETIMEDOUT);
 }
 
 /* How long epoll may sleep, in ms: until `until_ns`, or a dial has taken too long. */
@@ -432,8 +476,8 @@ static int pause_ms(const struct loop *loop, uint64_t until_ns)
 {
 	uint64_t left_ms;
 
-	if (loop->dial_first != NONE) {
-		uint64_t give_up_ns = loop->sessions[loop->dial_first].started_ns +
+	if (loop->dialling.first != NONE) {
+		uint64_t give_up_ns = loop->sessions[loop->dialling.first].started_ns +
 				      loop->settings.connect_timeout_ns;
 
 		if (give_up_ns < until_ns)
@@ -457,7 +501,8 @@ struct sgw_loop *sgw_loop_open(const struct sgw_loop_settings *settings)
 	loop->public.events = loop->events;
 	loop->public.released = loop->released;
 	loop->public.ended = loop->ended;
-	loop->free = loop->dial_first = loop->dial_last = NONE;
+	loop->free = NONE;
+	loop->dialling = loop->connected = (struct list){ NONE, NONE };
 	/* Zeroed pages: what is never used takes no memory. */
 	loop->sessions = calloc(settings->sessions, sizeof(*loop->sessions));
 	loop->epoll = epoll_create1(EPOLL_CLOEXEC);
@@ -585,24 +630,50 @@ int sgw_loop_wait(struct sgw_loop *public, int64_t timeout_ns)
 	return 0;
 }
 
-int sgw_loop_release(struct sgw_loop *public, enum sgw_reason reason, uint64_t quiet_ns,
-		     uint64_t age_ns)
+/* Release those of a list that were silent for silent_ns, or open for age_ns. */
+static int release_of(struct loop *loop, const struct list *list, enum sgw_reason reason,
+		      uint64_t silent_ns, uint64_t age_ns)
 {
-	struct loop *loop = (struct loop *)public;
-	int before = public->released_count;
-	uint32_t index;
+	int before = loop->public.released_count;
+	uint32_t index, next;
 
-	loop->now_ns = clock_ns();
-	for (index = 0; index < loop->used && public->released_count < RECORDS; index++) {
+	for (index = list->first; index != NONE && loop->public.released_count < RECORDS;
+	     index = next) {
 		const struct session *session = &loop->sessions[index];
+		bool is_stream = reason == SGW_HANDOVER && session->is_counted;
 
-		if (session->state == FREE || (session->state == DIALLING && (quiet_ns || age_ns)))
-			continue;
-		if (loop->now_ns - session->active_ns >= quiet_ns &&
-		    loop->now_ns - session->started_ns >= age_ns)
+		next = session->next;
+		if (loop->now_ns - session->active_ns >=
+			    (is_stream ? STREAM_PAUSE * silent_ns : silent_ns) ||
+		    (loop->now_ns - session->started_ns >= age_ns && !is_stream))
 			release(loop, index, reason);
 	}
-	return public->released_count - before;
+	return loop->public.released_count - before;
+}
+
+int sgw_loop_release_all(struct sgw_loop *public)
+{
+	struct loop *loop = (struct loop *)public;
+
+	loop->now_ns = clock_ns();
+	return release_of(loop, &loop->dialling, SGW_ASKED, 0, 0) +
+	       release_of(loop, &loop->connected, SGW_ASKED, 0, 0);
+}
+
+int sgw_loop_release_silent(struct sgw_loop *public, uint64_t silent_ns)
+{
+	struct loop *loop = (struct loop *)public;
+
+	loop->now_ns = clock_ns();
+	return release_of(loop, &loop->connected, SGW_ASKED, silent_ns, UINT64_MAX);
+}
+
+int sgw_loop_hand_over(struct sgw_loop *public, uint64_t silent_ns, uint64_t age_ns)
+{
+	struct loop *loop = (struct loop *)public;
+
+	loop->now_ns = clock_ns();
+	return release_of(loop, &loop->connected, SGW_HANDOVER, silent_ns, age_ns);
 }
 
 /* recv() first, then the words: bytes that came before a redirect are read with

@@ -18,7 +18,6 @@ if TYPE_CHECKING:
     from sockgw.datapath import Datapath
 
 _REASONS: Final = {
-    lib.SGW_CONNECTED: Reason.CONNECTED,
     lib.SGW_HANDOVER: Reason.HANDOVER,
     lib.SGW_ASKED: Reason.ASKED,
     lib.SGW_DIAL_FAILED: Reason.DIAL_FAILED,
@@ -28,10 +27,9 @@ _REASONS: Final = {
 }
 _HANDOVERS: Final = {
     Handover.NEVER: lib.SGW_NEVER,
-    Handover.AT_ONCE: lib.SGW_AT_ONCE,
+    Handover.AT_ANSWER: lib.SGW_AT_ANSWER,
     Handover.AT_SECOND: lib.SGW_AT_SECOND,
 }
-_ASKED: Final = {reason: number for number, reason in _REASONS.items()}
 _ENDED: Final = struct.Struct("=I4x3Q Q8x2I Q8x2I 56s")
 assert _ENDED.size == ffi.sizeof("struct sgw_ended")  # noqa: S101 - cdef.h changed
 _NS: Final = 1_000_000_000
@@ -92,9 +90,9 @@ class CompiledLoop:
         return self._loop.open  # type: ignore[no-any-return]
 
     @property
-    def connected(self) -> int:
-        """Sessions that reached a backend while with the loop."""
-        return self._loop.connected  # type: ignore[no-any-return]
+    def relayed(self) -> int:
+        """Sessions so far whose path turned out to be this one."""
+        return self._loop.relayed  # type: ignore[no-any-return]
 
     @property
     def sent(self) -> tuple[int, int]:
@@ -125,9 +123,17 @@ class CompiledLoop:
         count: int = _check(lib.sgw_loop_accept(self._loop, listener.fileno(), most))
         return count
 
-    def release(self, *, quiet_s: float = 0.0, age_s: float = 0.0, reason: Reason) -> int:
-        """Release the sessions silent and open for so long; without either, all."""
-        count: int = lib.sgw_loop_release(self._loop, _ASKED[reason], _ns(quiet_s), _ns(age_s))
+    def release_all(self) -> int:
+        """Release sessions; return how many, to be repeated until that is 0."""
+        return lib.sgw_loop_release_all(self._loop)  # type: ignore[no-any-return]
+
+    def release_silent(self, silent_s: float) -> int:
+        """Release those that have been silent for so long, in the same way."""
+        return lib.sgw_loop_release_silent(self._loop, _ns(silent_s))  # type: ignore[no-any-return]
+
+    def hand_over(self, *, silent_s: float, age_s: float) -> int:
+        """Release those that are silent, or have lasted, for so long: a faster path is worth it."""
+        count: int = lib.sgw_loop_hand_over(self._loop, _ns(silent_s), _ns(age_s))
         return count
 
     def released(self) -> list[Released]:
@@ -201,6 +207,7 @@ def _released(record: Any) -> Released:  # noqa: ANN401 - struct sgw_released
         record.turn,
         None if record.backend < 0 else _socket(record.backend, record.backend_family),
         record.is_connected,
+        record.is_counted,
         WAYS[record.way],
         record.error,
         record.age_ns / _NS,

@@ -118,11 +118,13 @@ static int put_pair(const struct sgw_pair *pair, uint64_t source, uint64_t targe
 	return err == -EEXIST ? -EBUSY : err; /* as sock_map would say */
 }
 
-static int put_socket(const struct sgw_pair *pair, uint64_t cookie, int fd)
+static int put_socket(const struct sgw_pair *pair, bool is_client)
 {
-	uint64_t value = (uint64_t)fd;
+	uint64_t value = (uint64_t)(is_client ? pair->client : pair->backend);
 
-	return bpf_map_update_elem(pair->sock_map, &cookie, &value, BPF_ANY);
+	return bpf_map_update_elem(pair->sock_map,
+				   is_client ? &pair->client_cookie : &pair->backend_cookie, &value,
+				   BPF_ANY);
 }
 
 /* Setting SO_RCVLOWAT calls data_ready (tcp_set_rcvlowat): the verdict runs on
@@ -154,14 +156,14 @@ int sgw_pair_step(struct sgw_pair *pair, enum sgw_step step)
 	case SGW_STEP_PAIR_BACKEND:
 		return put_pair(pair, pair->backend_cookie, pair->client_cookie,
 				SOCK_SLOT_TO_CLIENT);
-	case SGW_STEP_SOCK_BACKEND:
-		return put_socket(pair, pair->backend_cookie, pair->backend);
-	case SGW_STEP_SOCK_CLIENT:
-		return put_socket(pair, pair->client_cookie, pair->client);
-	case SGW_STEP_KICK_BACKEND:
-		return kick(pair->backend);
-	case SGW_STEP_KICK_CLIENT:
-		return kick(pair->client);
+	case SGW_STEP_SOCK_FIRST:
+		return put_socket(pair, pair->is_client_first);
+	case SGW_STEP_SOCK_SECOND:
+		return put_socket(pair, !pair->is_client_first);
+	case SGW_STEP_KICK_FIRST:
+		return kick(pair->is_client_first ? pair->client : pair->backend);
+	case SGW_STEP_KICK_SECOND:
+		return kick(pair->is_client_first ? pair->backend : pair->client);
 	case SGW_STEPS:
 		break;
 	}
