@@ -6,6 +6,7 @@ from __future__ import annotations
 import contextlib
 import errno
 import logging
+import select
 import socket
 import threading
 import time
@@ -22,7 +23,6 @@ from sockgw.errors import ConfigError, UnsupportedKernelError
 from sockgw.gateway import Gateway
 from sockgw.lifetime import Session
 from sockgw.listener import RETRY_S, Listener
-from sockgw.loop import Reason
 from sockgw.metrics import ENDS, Tally
 from sockgw.session import End, Path
 
@@ -151,8 +151,7 @@ def test_session_through_the_gateway(start: Any, backend: Backend) -> None:
         server.close()
         assert client.recv(100) == b"late"
         assert client.recv(1) == b""
-    eventually(lambda: ended(gateway, End.EOF), "the session ends")
-    assert open_sessions(gateway) == 0
+    eventually(lambda: ended(gateway, End.EOF) and not open_sessions(gateway), "the session ends")
     tally = gateway.snapshot().tally
     assert tally.sessions_total["relay"] == tally.sessions_ended["eof"] == 1
     assert tally.bytes["to_backend", "relay"] == len(b"request")
@@ -232,18 +231,15 @@ def test_session_that_comes_with_the_end(start: Any, backend: Backend) -> None:
     """A session that is accepted in the round in which all are reset does not outlive them."""
     gateway = start(threads=1)
     (worker,) = gateway._workers
-    come = threading.Event()
     in_one_round(
         worker,
-        lambda: come.wait(DEADLINE_S),
+        lambda: select.select([worker.listener.socket], [], [], DEADLINE_S),
         worker._on_connection,
-        partial(gateway._reset_all, End.CLOSED),
+        partial(worker.close_sessions, End.CLOSED),
     )
     with connect(gateway) as client:
-        come.set()
         assert is_reset(client)
-        eventually(lambda: not open_sessions(gateway), "the session ends")
-    assert ended(gateway, End.CLOSED) == 1
+    eventually(lambda: ended(gateway, End.CLOSED) == 1, "the session ends")
 
 
 @only_compiled
@@ -263,7 +259,9 @@ def test_idle_sessions_are_told_from_others(start: Any, backend: Backend) -> Non
             lambda: eventually(
                 lambda: (worker.loop.poll(0.001), worker.loop.open == 1)[1], "its backend is full"
             ),
-            partial(worker._release, Reason.ASKED, quiet_s=1e-9, end=End.IDLE_TIMEOUT),
+            partial(setattr, worker, "_idle_timeout_s", 1e-9),
+            worker._sweep,
+            partial(setattr, worker, "_idle_timeout_s", 3600.0),
         )
         sent = 0
         busy.setblocking(False)
@@ -275,8 +273,10 @@ def test_idle_sessions_are_told_from_others(start: Any, backend: Backend) -> Non
             got = len(busy_server.recv(1 << 20))
             assert got
             sent -= got
-    eventually(lambda: not open_sessions(gateway), "both sessions end")
-    assert (ended(gateway, End.IDLE_TIMEOUT), ended(gateway, End.EOF)) == (1, 1)
+    eventually(
+        lambda: (ended(gateway, End.IDLE_TIMEOUT), ended(gateway, End.EOF)) == (1, 1),
+        "both sessions end",
+    )
 
 
 @only_python
@@ -296,7 +296,7 @@ def test_session_that_meets_a_bug_ends_alone(
     monkeypatch.setattr(Session, "on_event", on_event)
     with connect(gateway) as client, backend.accept() as server:
         exchange(client, server)
-        (first,) = gateway._workers[0].sessions
+        (first,) = next(iter(gateway._workers)).sessions
         with connect(gateway) as other, backend.accept() as other_server:
             exchange(other, other_server)
             unlucky.append(first)

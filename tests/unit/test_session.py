@@ -61,7 +61,11 @@ def test_only_a_flush_passes_the_fin_on() -> None:
 def test_the_kernel_takes_over_from_a_copy_that_let_go() -> None:
     """Splice follows pairing, or a copy that has forwarded everything and let go."""
     spliced = {key for key, (after, _) in TABLE.items() if after is State.SPLICED}
-    assert spliced == {(State.WAITING, Event.PAIRED), (State.COPYING, Event.RETURNED)}
+    assert spliced == {
+        (State.WAITING, Event.PAIRED),
+        (State.COPYING, Event.PAIRED),
+        (State.COPYING, Event.RETURNED),
+    }
 
 
 def test_a_flush_is_waited_for_where_one_is_begun() -> None:
