@@ -46,10 +46,12 @@ _EOF: Final = (Path.RELAY.value, End.EOF.value)
 """Path and end of every session that ends in the loop."""
 _BRIEF_S: Final = 0.25
 """A session that ends this soon has not been worth a pair."""
-_BRIEF_PER_S: Final = 200
+_BRIEF: Final = 50
 """So many of them are a rush ..."""
 _WINDOW_S: Final = 0.25
 """... in each stretch of time this long."""
+_FORGOTTEN_S: Final = 2.0
+"""A pause between two clients that ends every rush."""
 _LASTS_S: Final = 0.5
 """In a rush, a session this old is worth a pair."""
 _SILENT_S: Final = 0.01
@@ -400,7 +402,7 @@ class Worker:
         window_s = now_s - self._brief_since_s
         if window_s < _WINDOW_S:
             return
-        is_rush = self._brief >= _BRIEF_PER_S * window_s
+        is_rush = self._brief >= _BRIEF and window_s < _FORGOTTEN_S
         self.loop.handover = Handover.AT_SECOND if is_rush else Handover.AT_ANSWER
         self._brief, self._brief_since_s = 0, now_s
 
