@@ -418,6 +418,7 @@ class Worker:
 
     def _close_plain(self, release: Callable[[], int], end: End) -> None:
         """Close what the loop has, as far as `release` releases it."""
+        self._take_over()  # what was released before, for another reason
         while release():
             self._take_over(end)
 
