@@ -117,6 +117,10 @@ class Dial:
         self._sockaddr = next(self._targets)[1]
         self.socket = sock
 
+    def settle(self) -> None:
+        """Forget the other targets: a session may last, and will not dial them."""
+        self._targets = _NO_TARGETS
+
     def begin(self, prepare: Callable[[socket.socket], None]) -> socket.socket | None:
         """Begin to connect to the next target; None when none is left.
 
@@ -141,7 +145,7 @@ class Dial:
         number = sock.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR)
         if number:
             raise self.failure(number)
-        self._targets = _NO_TARGETS  # a session may last; what it will not dial need not
+        self.settle()
 
     def failure(self, number: int = errno.ETIMEDOUT) -> DialError:
         """Give up on this target; the errno `number` says why."""

@@ -137,6 +137,7 @@ class Session:
         if backend is not None:
             self._worker.own(backend, self)
         if released.is_connected and backend is not None:
+            self._dial.settle()
             self._connected(backend, released)
             return
         self._client_mask = _QUIET

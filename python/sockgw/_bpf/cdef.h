@@ -217,7 +217,11 @@ void sgw_loop_close(struct sgw_loop *loop);
 void sgw_loop_free(struct sgw_loop *loop);
 /* Add a backend to the rotation: 0 or -errno. */
 int sgw_loop_target(struct sgw_loop *loop, int family, const char *host, int port, uint32_t scope);
-enum sgw_operation { SGW_ADD = 1, SGW_DEL = 2, SGW_MOD = 3 }; /* EPOLL_CTL_... */
+enum sgw_operation {
+	SGW_ADD = 1,
+	SGW_DEL = 2,
+	SGW_MOD = 3
+}; /* EPOLL_CTL_... */
 /* epoll_ctl() for a descriptor of the caller's: 0 or -errno. */
 int sgw_loop_control(struct sgw_loop *loop, enum sgw_operation operation, int fd, uint32_t events);
 /* Accept and dial; the number of sessions begun, or -errno. */

@@ -66,7 +66,11 @@
 /* Buffers copied before the other sessions have their turn. */
 #define STEPS 8
 
-enum state { FREE, DIALLING, CONNECTED };
+enum state {
+	FREE,
+	DIALLING,
+	CONNECTED
+};
 
 struct session {
 	uint64_t started_ns;
@@ -579,8 +583,7 @@ int sgw_loop_target(struct sgw_loop *public, int family, const char *host, int p
 	return 0;
 }
 
-int sgw_loop_control(struct sgw_loop *public, enum sgw_operation operation, int fd,
-		     uint32_t events)
+int sgw_loop_control(struct sgw_loop *public, enum sgw_operation operation, int fd, uint32_t events)
 {
 	struct loop *loop = (struct loop *)public;
 	struct epoll_event event = { .events = events, .data.u64 = (uint64_t)fd };
@@ -723,9 +726,9 @@ void sgw_run(struct sgw_run *run)
 			return;
 		run->taken += (uint64_t)received;
 		run->is_in_doubt = !is_in_order(run);
-		sent = run->is_in_doubt ? 0 :
-					  send(run->target, run->buffer, (size_t)received,
-					       MSG_NOSIGNAL);
+		sent = 0;
+		if (!run->is_in_doubt)
+			sent = send(run->target, run->buffer, (size_t)received, MSG_NOSIGNAL);
 		if (sent < 0)
 			sent = 0; /* if it failed, the next send() says so, too */
 		run->written += (uint64_t)sent;
