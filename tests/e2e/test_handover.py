@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING
 import pytest
 
 from .paths import in_kernel
-from .peers import Backend, BlackHole, connect, is_reset, reset, send_with_fin
+from .peers import Backend, BlackHole, EchoServer, connect, is_reset, reset, send_with_fin
 from .programs import require
 from .traffic import (
     KIB,
@@ -194,6 +194,67 @@ def test_bytes_between_any_two_steps_of_pairing(
             server.close()
             running.await_sessions(0)
     assert running.metrics().value("gateway_sessions_total", path=path.label) == 6
+
+
+@in_kernel
+def test_in_a_rush_what_lasts_is_paired(
+    gateway: StartGateway, path: PathUnderTest, echo: EchoServer
+) -> None:
+    """While short sessions come and go they stay on the relay, and one that goes on does not."""
+    running = gateway(echo.address, threads=1)
+
+    def rush() -> bool:
+        for _ in range(100):
+            with connect(running.address) as client:
+                client.sendall(b"short")
+                expect(client, b"short")
+        return running.metrics().value("gateway_sessions_total", path="relay") > 0
+
+    # The first few are paired: nobody can know.
+    eventually("a session that stays on the relay", rush)
+    with connect(running.address) as client:
+        for number in range(10):
+            client.sendall(b"%d" % number)
+            expect(client, b"%d" % number)
+        running.await_sessions(1, path=path.label)
+        client.sendall(b"last")
+        expect(client, b"last")
+    running.await_sessions(0)
+    assert running.metrics().value("gateway_bytes_total", path=path.label) > 0
+
+
+@in_kernel
+@pytest.mark.parametrize("is_upload", [True, False], ids=["upload", "download"])
+def test_stream_that_pauses_is_paired(
+    gateway: StartGateway,
+    path: PathUnderTest,
+    backend: Backend,
+    session: OpenSession,
+    is_upload: bool,
+) -> None:
+    """After a stream, however it went, what follows it goes through the kernel, in order."""
+    running = gateway(backend.address)
+    client = connect(running.address)
+    server = backend.accept()
+    source, target = (client, server) if is_upload else (server, client)
+    stream = Stream(1, 20 * MIB)
+    upload = Task(source.sendall, stream.all())
+    assert Receipt.of(read_bytes(target, stream.length)) == stream.receipt()
+    upload.result()
+    running.await_sessions(1, path=path.label)
+    spliced = running.metrics().value("gateway_bytes_total", path=path.label)
+
+    def is_spliced() -> bool:
+        for one, other in ((client, server), (server, client)):
+            one.sendall(b"exchange")
+            expect(other, b"exchange")
+        pause(0.1)  # a direction that has spilled waits for such a moment
+        return running.metrics().value("gateway_bytes_total", path=path.label) >= spliced + 16
+
+    eventually("an exchange that goes through the kernel", is_spliced)
+    client.close()
+    assert server.recv(1) == b""
+    server.close()
 
 
 @pytest.mark.parametrize("length", [1, 500, 1400])
