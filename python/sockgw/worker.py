@@ -56,7 +56,7 @@ _LASTS_S: Final = 0.5
 """In a rush, a session this old is worth a pair."""
 _SILENT_S: Final = 0.01
 """Else one is that is silent for so long, whether it has had an answer or not."""
-_NEVER_S: Final = 1e9
+_NEVER_S: Final = 1e6
 _RUSH: Final = 1000
 """Sessions after whose end an empty worker returns memory: the interpreter keeps
 whole arenas for a few free objects in each, until a collection drops those

@@ -174,7 +174,7 @@ struct sgw_released {
 	bool is_ended[2]; /* its FIN is passed on, by way */
 	char *held; /* to be freed with free() */
 	size_t held_bytes;
-	char client_name[56];
+	char client_name[72];
 };
 
 struct sgw_ended { /* a session that ended without having been released */
@@ -182,7 +182,7 @@ struct sgw_ended { /* a session that ended without having been released */
 	uint64_t age_ns;
 	uint64_t bytes[2];
 	struct sock_stats stats[2]; /* of the client, the backend */
-	char client_name[56];
+	char client_name[72];
 };
 
 struct sgw_loop {

@@ -15,6 +15,7 @@
 #define _GNU_SOURCE
 #include <arpa/inet.h>
 #include <errno.h>
+#include <netdb.h>
 #include <netinet/in.h>
 #include <netinet/tcp.h>
 #include <stdio.h>
@@ -186,7 +187,7 @@ static void free_session(struct loop *loop, uint32_t index)
 static void format_address(const struct sockaddr_in6 *address, char *text)
 {
 	const struct sockaddr_in *v4 = (const struct sockaddr_in *)address;
-	char host[INET6_ADDRSTRLEN];
+	char host[NAME_BYTES];
 	const char *format = "%s:%u";
 
 	if (address->sin6_family == AF_INET) {
@@ -194,7 +195,10 @@ static void format_address(const struct sockaddr_in6 *address, char *text)
 	} else if (IN6_IS_ADDR_V4MAPPED(&address->sin6_addr)) {
 		inet_ntop(AF_INET, &address->sin6_addr.s6_addr[12], host, sizeof(host));
 	} else {
-		inet_ntop(AF_INET6, &address->sin6_addr, host, sizeof(host));
+		/* With the scope of a link-local address, as accept() gives it to Python. */
+		if (getnameinfo((const struct sockaddr *)address, sizeof(*address), host,
+				sizeof(host), NULL, 0, NI_NUMERICHOST))
+			inet_ntop(AF_INET6, &address->sin6_addr, host, sizeof(host));
 		format = "[%s]:%u";
 	}
 	snprintf(text, NAME_BYTES, format, host, ntohs(address->sin6_port));
@@ -663,6 +667,8 @@ static int release_of(struct loop *loop, const struct list *list, enum sgw_reaso
 		bool is_stream = reason == SGW_HANDOVER && session->is_counted;
 
 		next = session->next;
+		if (reason == SGW_HANDOVER && (session->is_ended[0] || session->is_ended[1]))
+			continue; /* no sockmap takes it any more */
 		if (loop->now_ns - session->active_ns >=
 			    (is_stream ? STREAM_PAUSE * silent_ns : silent_ns) ||
 		    (loop->now_ns - session->started_ns >= age_ns && !is_stream)) {

@@ -30,7 +30,7 @@ _HANDOVERS: Final = {
     Handover.AT_ANSWER: lib.SGW_AT_ANSWER,
     Handover.AT_SECOND: lib.SGW_AT_SECOND,
 }
-_ENDED: Final = struct.Struct("=I4x3Q Q8x2I Q8x2I 56s")
+_ENDED: Final = struct.Struct("=I4x3Q Q8x2I Q8x2I 72s")
 assert _ENDED.size == ffi.sizeof("struct sgw_ended")  # noqa: S101 - cdef.h changed
 _NS: Final = 1_000_000_000
 
