@@ -41,10 +41,10 @@ class Handover(enum.IntEnum):
     """When the loop lets go of a session for a faster path."""
 
     NEVER = 0
-    AT_ANSWER = 1
-    """At the backend's first bytes."""
+    AT_ONCE = 1
+    """When its backend has answered the dial; of many that come at once, one after the other."""
     AT_SECOND = 2
-    """At the client's first bytes after those."""
+    """At the client's first bytes after the backend's first."""
 
 
 class Reason(enum.IntEnum):
@@ -160,6 +160,9 @@ class Loop(Protocol):
     def ended(self) -> list[Ended]:
         """Return the sessions that ended since the last call."""
 
+    def trim(self) -> None:
+        """Give memory back after a crowd of sessions."""
+
     def close(self) -> None:
         """Stop watching; every session must be released."""
 
@@ -253,6 +256,9 @@ class PythonLoop:
     def hand_over(self, *, silent_s: float, age_s: float) -> int:  # noqa: ARG002
         """Release nothing."""
         return 0
+
+    def trim(self) -> None:
+        """Give nothing back: the C library is out of reach."""
 
     def released(self) -> list[Released]:
         """Take over what was accepted."""

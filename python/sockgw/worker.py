@@ -99,7 +99,7 @@ class Worker:
             is_logging=self.access_log.is_enabled,
         )
         if datapath is not None:
-            self.loop.handover = Handover.AT_ANSWER
+            self.loop.handover = Handover.AT_ONCE
         self._idle_timeout_s = idle_timeout_s
         self._on_crash = on_crash
         self._owners: dict[int, Session | Callable[[], None]] = {}
@@ -335,6 +335,7 @@ class Worker:
         if self._ended >= _RUSH and not self.sessions:
             self._ended = 0
             gc.collect()
+            self.loop.trim()
 
     def _take_over(self, end: End | None = None) -> None:
         """Go on with, or `end`, what the loop has released; report what ended in it."""
@@ -393,7 +394,7 @@ class Worker:
             self.after(RETRY_S, None, self.listener.resume)
 
     def _choose_handover(self) -> None:
-        """Pair from the first answer on, or, while sessions come and go, only what lasts.
+        """Pair at once, or, while sessions come and go, only what lasts.
 
         To pair and to unpair costs as much as a whole short session on the
         relay.
@@ -403,7 +404,7 @@ class Worker:
         if window_s < _WINDOW_S:
             return
         is_rush = self._brief >= _BRIEF and window_s < _FORGOTTEN_S
-        self.loop.handover = Handover.AT_SECOND if is_rush else Handover.AT_ANSWER
+        self.loop.handover = Handover.AT_SECOND if is_rush else Handover.AT_ONCE
         self._brief, self._brief_since_s = 0, now_s
 
     def _hand_over(self) -> None:

@@ -23,7 +23,7 @@ from typing import TYPE_CHECKING, Any
 from prometheus_client.parser import text_string_to_metric_families
 
 from .kernel import Processes, bpf_ids, bpf_owners, bpftool
-from .waits import DEADLINE_S, eventually
+from .waits import DEADLINE_S, eventually, settled
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
@@ -200,6 +200,9 @@ class Gateway:
             self.metrics()
         self.fds_at_start = self.process.fds()
         self.threads_at_start = self.process.threads()
+        if not self.has_metrics:
+            # Worker processes may still be starting theirs, and no scrape has waited for them.
+            self.threads_at_start = settled("threads", self.process.threads, for_s=0.2)
         # What is new on the machine or held by the process; other gateways
         # may come and go on a developer's machine.
         held = self.process.bpf_ids()

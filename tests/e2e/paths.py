@@ -24,8 +24,7 @@ class PathUnderTest:
 
 
 # Every sentence of the suite holds on each of these, whatever the number of
-# processes. `wire` and `direct` join
-# here when they are built.
+# processes. `wire` and `direct` join here when they are built.
 PATHS = (
     PathUnderTest(accel="off", label="relay", in_kernel=False),
     PathUnderTest(accel="splice", label="splice", in_kernel=True),
@@ -37,4 +36,12 @@ UNBUILT_PATHS = ("wire", "direct")
 # For the sentences about bytes that pass by without our process.
 in_kernel = pytest.mark.parametrize(
     "path", [path for path in PATHS if path.in_kernel], indirect=True, ids=lambda path: path.name
+)
+
+# For what one session may hold: it lives in one process, however many there are.
+one_process = pytest.mark.parametrize(
+    "path",
+    [path for path in PATHS if path.processes == 1],
+    indirect=True,
+    ids=lambda path: path.name,
 )

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING
 import pytest
 
 from .kernel import tcp_memory_bytes, unreclaimable_slab_bytes
+from .paths import one_process
 from .peers import split_address
 from .traffic import (
     KIB,
@@ -32,6 +33,8 @@ if TYPE_CHECKING:
     from .conftest import OpenSession, StartGateway
     from .gateways import Gateway
     from .peers import Backend
+
+pytestmark = one_process
 
 HELD_LIMIT_BYTES = 32 * MIB
 # Many times what a bounded session takes, so that an unbounded one is told

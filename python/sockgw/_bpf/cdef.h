@@ -140,8 +140,8 @@ void sgw_run(struct sgw_run *run);
 
 enum sgw_handover { /* when a session is released for a faster path */
 	SGW_NEVER,
-	SGW_AT_ANSWER, /* at the backend's first bytes */
-	SGW_AT_SECOND, /* at the client's first bytes after those */
+	SGW_AT_ONCE, /* as soon as there is a backend, and it is its turn */
+	SGW_AT_SECOND, /* at the client's first bytes after an answer */
 };
 
 enum sgw_reason {
@@ -238,3 +238,5 @@ int sgw_loop_release_silent(struct sgw_loop *loop, uint64_t silent_ns);
 /* ... for a faster path: those that are silent now, or have lasted so long. */
 int sgw_loop_hand_over(struct sgw_loop *loop, uint64_t silent_ns, uint64_t age_ns);
 void free(void *memory);
+/* Give memory that was freed back to the system. */
+void sgw_trim(void);

@@ -15,6 +15,7 @@
 #define _GNU_SOURCE
 #include <arpa/inet.h>
 #include <errno.h>
+#include <malloc.h>
 #include <netdb.h>
 #include <netinet/in.h>
 #include <netinet/tcp.h>
@@ -409,14 +410,14 @@ static void begin(struct loop *loop, int client, const struct sockaddr_in6 *addr
 		release_undialled(loop, index, error);
 }
 
-/* A session that answers may go on for long: from its first answer on, or in a
- * rush of short ones from its second exchange on, it goes by the faster path.
+/* A session goes by the faster path as soon as it can; in a rush of short ones it
+ * has to show that it goes on, by a second request.
  */
 static bool is_worth_handover(const struct loop *loop, const struct session *session, uint32_t side,
 			      uint32_t events)
 {
 	switch (loop->public.handover) {
-	case SGW_AT_ANSWER:
+	case SGW_AT_ONCE:
 		return side == BACKEND || (session->is_answered && !(events & EPOLLRDHUP));
 	case SGW_AT_SECOND:
 		return side == CLIENT && session->is_answered && !(events & EPOLLRDHUP);
@@ -464,6 +465,10 @@ static void decide_dial(struct loop *loop, uint32_t index, uint32_t events)
 	append(loop, &loop->connected, index);
 	session->state = CONNECTED;
 	session->active_ns = loop->now_ns;
+	if (loop->public.handover == SGW_AT_ONCE && may_hand_over(loop)) {
+		release(loop, index, SGW_HANDOVER)->way = events & ~EPOLLOUT ? BACKEND : CLIENT;
+		return;
+	}
 	if (loop->public.handover == SGW_NEVER)
 		count_relayed(loop, session);
 	/* What the backend says first must not wait for what the client sends. */
@@ -593,6 +598,11 @@ int sgw_loop_control(struct sgw_loop *public, enum sgw_operation operation, int 
 	struct epoll_event event = { .events = events, .data.u64 = (uint64_t)fd };
 
 	return epoll_ctl(loop->epoll, (int)operation, fd, &event) ? -errno : 0;
+}
+
+void sgw_trim(void)
+{
+	malloc_trim(0);
 }
 
 int sgw_loop_accept(struct sgw_loop *public, int listener, int most)

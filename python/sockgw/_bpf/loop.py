@@ -27,7 +27,7 @@ _REASONS: Final = {
 }
 _HANDOVERS: Final = {
     Handover.NEVER: lib.SGW_NEVER,
-    Handover.AT_ANSWER: lib.SGW_AT_ANSWER,
+    Handover.AT_ONCE: lib.SGW_AT_ONCE,
     Handover.AT_SECOND: lib.SGW_AT_SECOND,
 }
 _ENDED: Final = struct.Struct("=I4x3Q Q8x2I Q8x2I 72s")
@@ -153,6 +153,10 @@ class CompiledLoop:
         # Every short session passes here: one unpacking for all its fields.
         records = ffi.buffer(self._loop.ended, count * _ENDED.size)
         return [_ended(*fields) for fields in _ENDED.iter_unpack(records)]
+
+    def trim(self) -> None:
+        """Give memory back after a crowd of sessions."""
+        lib.sgw_trim()
 
     def close(self) -> None:
         """Stop watching."""
