@@ -214,12 +214,16 @@ def test_sessions_are_spread_evenly(gateway: StartGateway, echo: EchoServer) -> 
                 client.sendall(b"hello")
                 expect(client, b"hello")
         running.await_sessions(count)
-        shares = [
-            (sockets_of(pid) - sockets) / (2 * count)
-            for pid, sockets in zip(workers_of(running), before, strict=True)
-        ]
-        assert sum(shares) == pytest.approx(1)
-        assert min(shares) > 0.3, shares
+
+        def shares(before: list[int] = before, count: int = count) -> list[float]:
+            return [
+                (sockets_of(pid) - sockets) / (2 * count)
+                for pid, sockets in zip(workers_of(running), before, strict=True)
+            ]
+
+        # The last one may still be dialling.
+        eventually("every session has both its sockets", lambda shares=shares: sum(shares()) > 0.9999)
+        assert min(shares()) > 0.3, shares()
         for client in clients:
             client.close()
         running.await_idle()
