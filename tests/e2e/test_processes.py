@@ -215,15 +215,15 @@ def test_sessions_are_spread_evenly(gateway: StartGateway, echo: EchoServer) -> 
                 expect(client, b"hello")
         running.await_sessions(count)
 
-        def shares(before: list[int] = before, count: int = count) -> list[float]:
-            return [
+        def found(before: list[int] = before, count: int = count) -> list[float]:
+            shares = [
                 (sockets_of(pid) - sockets) / (2 * count)
                 for pid, sockets in zip(workers_of(running), before, strict=True)
             ]
+            return shares if sum(shares) > 0.9999 else []  # the last one may still dial
 
-        # The last one may still be dialling.
-        eventually("every session has both its sockets", lambda shares=shares: sum(shares()) > 0.9999)
-        assert min(shares()) > 0.3, shares()
+        shares = eventually("every session with both its sockets", found)
+        assert min(shares) > 0.3, shares
         for client in clients:
             client.close()
         running.await_idle()
