@@ -198,11 +198,15 @@ class Gateway:
         if self.has_metrics:
             # The first scrape opens what every later one needs.
             self.metrics()
+        if not self.has_metrics:
+            # Worker processes may still be starting, and no scrape has waited for them.
+            settled(
+                "descriptors and threads",
+                lambda: (len(self.process.fds()), self.process.threads()),
+                for_s=1.0,
+            )
         self.fds_at_start = self.process.fds()
         self.threads_at_start = self.process.threads()
-        if not self.has_metrics:
-            # Worker processes may still be starting theirs, and no scrape has waited for them.
-            self.threads_at_start = settled("threads", self.process.threads, for_s=0.2)
         # What is new on the machine or held by the process; other gateways
         # may come and go on a developer's machine.
         held = self.process.bpf_ids()
