@@ -40,7 +40,7 @@ if TYPE_CHECKING:
 
 _log = logging.getLogger("sockgw")
 
-_ACCEPTS: Final = 16
+_ACCEPTS: Final = 64
 """Connections accepted before the sessions have their turn."""
 _EOF: Final = (Path.RELAY.value, End.EOF.value)
 """Path and end of every session that ends in the loop."""

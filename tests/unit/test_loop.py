@@ -417,6 +417,26 @@ def test_accept_takes_no_more_than_it_may(
     assert rig.loop.open + len(rig.released) == 5
 
 
+def test_accept_among_busy_sessions(
+    make: Any, backend: Backend, stack: contextlib.ExitStack
+) -> None:
+    """A client that waits is told of before all of many busy sessions have had their turn."""
+    rig = make(backend.address, sessions=200)
+    sessions = []
+    for _ in range(200):
+        client, server = rig.open(backend)
+        sessions.append((stack.enter_context(client), stack.enter_context(server)))
+    rig.loop.register(rig.listener, select.EPOLLIN | select.EPOLLEXCLUSIVE)
+    for client, _ in sessions:
+        client.send(b"x")
+    stack.enter_context(rig.connect())
+    assert select.select([rig.listener], [], [], DEADLINE_S)[0]
+    rig.poll(DEADLINE_S)
+    assert rig.events == [(rig.listener.fileno(), select.EPOLLIN)]
+    served = select.select([server for _, server in sessions], [], [], 0)[0]
+    assert 0 < len(served) < len(sessions)
+
+
 @BOTH
 def test_accept_without_a_descriptor(
     make: Any, backend: Backend, kind: str, stack: contextlib.ExitStack
