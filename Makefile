@@ -36,8 +36,10 @@ export PIP_ROOT_USER_ACTION := ignore
 TEST_NEEDS := \
 	bpftool:bpftool \
 	curl:curl \
+	ethtool:ethtool \
 	haproxy:haproxy \
 	iperf3:iperf3 \
+	nft:nftables \
 	nginx:nginx-light \
 	/usr/lib/postgresql/*/bin/pgbench:postgresql \
 	redis-benchmark:redis-tools \
@@ -46,6 +48,7 @@ TEST_NEEDS := \
 	sockperf:sockperf \
 	ss:iproute2 \
 	strace:strace \
+	tshark:tshark \
 	unshare:util-linux \
 	wrk:wrk
 
@@ -221,5 +224,5 @@ wheel: build $(VENV)/.group-wheel ## Build a manylinux wheel, libbpf and libelf 
 .PHONY: clean
 clean: ## Remove everything that make has made
 	@rm -rf $(VENV) $(DIST) .bench .hypothesis .mypy_cache .pytest_cache .ruff_cache
-	rm -f python/sockgw/_bpf/_binding.abi3.so python/sockgw/_bpf/sockmap.bpf.o
+	rm -f python/sockgw/_bpf/_binding.abi3.so python/sockgw/_bpf/*.bpf.o
 	find . -name __pycache__ -prune -exec rm -rf {} +

@@ -34,8 +34,8 @@ if TYPE_CHECKING:
 ROOT = Path(__file__).resolve().parent
 BPF = ROOT / "bpf"
 PACKAGE = ROOT / "python" / "sockgw" / "_bpf"
-C_SOURCES = (PACKAGE / "shim.c", PACKAGE / "loop.c")
-OBJECT = "sockmap.bpf.o"
+C_SOURCES = (PACKAGE / "shim.c", PACKAGE / "loop.c", PACKAGE / "wire.c")
+OBJECTS = ("sockmap.bpf.o", "wire.bpf.o")
 BINDING = "_binding.abi3.so"
 
 # The oldest Python whose stable ABI the binding asks for: requires-python.
@@ -127,13 +127,13 @@ def is_stale(output: Path, sources: Iterable[Path]) -> bool:
 
 def stale_outputs(out: Path) -> dict[Path, Callable[[Path], None]]:
     """Return what in `out` is to be built, with the function that builds each."""
-    shared = [Path(__file__), BPF / "sockmap.h"]
-    object_sources = [BPF / "sockmap.bpf.c", BPF / "vmlinux.h"]
-    binding_sources = [PACKAGE / "cdef.h", PACKAGE / "shim.h", *C_SOURCES]
+    shared = [Path(__file__), BPF / "sockmap.h", BPF / "wire.h"]
+    headers = [PACKAGE / name for name in ("cdef.h", "shim.h", "wire_calls.h")]
     stale: dict[Path, Callable[[Path], None]] = {}
-    if is_stale(out / OBJECT, shared + object_sources):
-        stale[out / OBJECT] = compile_object
-    if is_stale(out / BINDING, shared + binding_sources):
+    for name in OBJECTS:
+        if is_stale(out / name, [*shared, source_of(name), BPF / "vmlinux.h"]):
+            stale[out / name] = compile_object
+    if is_stale(out / BINDING, [*shared, *headers, *C_SOURCES]):
         stale[out / BINDING] = compile_binding
     return stale
 
@@ -174,13 +174,18 @@ def check_machine() -> None:
         )
 
 
+def source_of(name: str) -> Path:
+    """Return what the BPF object `name` is made from."""
+    return BPF / Path(name).with_suffix(".c")
+
+
 def compile_object(output: Path) -> None:
     """Compile the BPF program into `output`, with BTF and without DWARF."""
     run(
         tool("clang"),
         *("-target", "bpf", "-mcpu=v3", "-O2", "-g", "-Wall", "-Werror"),
         *("-I", "bpf", f"-ffile-prefix-map={ROOT}=."),
-        *("-c", "bpf/sockmap.bpf.c", "-o", str(output)),
+        *("-c", str(source_of(output.name).relative_to(ROOT)), "-o", str(output)),
     )
     run(tool("llvm-strip"), "-g", str(output))
 
@@ -245,7 +250,7 @@ def run(*command: str) -> None:
 
 def remove(out: Path = PACKAGE) -> None:
     """Remove what an earlier build left, so that relay only is what it says."""
-    for name in (OBJECT, BINDING):
+    for name in (*OBJECTS, BINDING):
         (out / name).unlink(missing_ok=True)
 
 
@@ -271,7 +276,7 @@ def get_build_hook() -> type[BuildHookInterface[Any]]:
             platform = re.sub(r"[-.]", "_", sysconfig.get_platform())
             build_data["pure_python"] = False
             build_data["tag"] = f"{ABI3_TAG}-{platform}"
-            for name in (OBJECT, BINDING):
+            for name in (*OBJECTS, BINDING):
                 build_data["force_include"][str(PACKAGE / name)] = f"sockgw/_bpf/{name}"
 
     return BuildHook

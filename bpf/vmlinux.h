@@ -8,6 +8,7 @@
 #ifndef SOCKGW_VMLINUX_H
 #define SOCKGW_VMLINUX_H
 
+typedef unsigned char __u8;
 typedef unsigned short __u16;
 typedef int __s32;
 typedef unsigned int __u32;
@@ -19,9 +20,15 @@ typedef __u32 __wsum;
 
 typedef _Bool bool;
 
+enum {
+	false = 0,
+	true = 1,
+};
+
 enum bpf_map_type {
 	BPF_MAP_TYPE_HASH = 1,
 	BPF_MAP_TYPE_ARRAY = 2,
+	BPF_MAP_TYPE_PERCPU_ARRAY = 6,
 	BPF_MAP_TYPE_ARRAY_OF_MAPS = 12,
 	BPF_MAP_TYPE_SOCKHASH = 18,
 	BPF_MAP_TYPE_SK_STORAGE = 24,
@@ -32,6 +39,20 @@ enum {
 	BPF_F_NO_PREALLOC = 1,
 	BPF_F_CLONE = 512,
 	BPF_F_MMAPABLE = 1024,
+};
+
+enum {
+	BPF_F_PSEUDO_HDR = 16,
+	BPF_F_CURRENT_NETNS = -1,
+};
+
+enum {
+	TC_ACT_UNSPEC = -1,
+	TC_ACT_SHOT = 2,
+};
+
+enum {
+	TCP_ESTABLISHED = 1,
 };
 
 enum {
@@ -55,12 +76,37 @@ enum sk_action {
 	SK_PASS = 1,
 };
 
+/* Shared with userspace as it is: not relocated. */
+struct bpf_spin_lock {
+	__u32 val;
+};
+
+struct bpf_sock_tuple {
+	union {
+		struct {
+			__be32 saddr;
+			__be32 daddr;
+			__be16 sport;
+			__be16 dport;
+		} ipv4;
+		struct {
+			__be32 saddr[4];
+			__be32 daddr[4];
+			__be16 sport;
+			__be16 dport;
+		} ipv6;
+	};
+};
+
 #pragma clang attribute push(__attribute__((preserve_access_index)), apply_to = record)
 
 struct bpf_sock;
 
 struct __sk_buff {
 	__u32 len;
+	__u32 protocol;
+	__u32 vlan_present;
+	__u32 ifindex;
 	__u32 cb[5];
 	union {
 		struct bpf_sock *sk;
@@ -77,14 +123,61 @@ struct bpf_sock_ops {
 	};
 };
 
+struct net_device {
+	int ifindex;
+};
+
+struct xfrm_state;
+
+struct dst_entry {
+	struct net_device *dev;
+	struct xfrm_state *xfrm;
+};
+
+struct sock_common {
+	volatile unsigned char skc_state;
+};
+
 struct sock {
+	struct sock_common __sk_common;
+	struct {
+		int len;
+	} sk_backlog;
+	struct dst_entry *sk_dst_cache;
 	int sk_wmem_queued;
 	int sk_sndbuf;
+};
+
+struct rb_node;
+
+struct rb_root {
+	struct rb_node *rb_node;
+};
+
+struct tcp_options_received {
+	__u32 ts_recent;
+	__u16 mss_clamp;
+};
+
+struct inet_connection_sock {
+	__u32 icsk_pmtu_cookie;
 };
 
 struct tcp_sock {
 	__u32 copied_seq;
 	__u32 write_seq;
+	__u32 rcv_nxt;
+	__u32 rcv_wup;
+	__u32 rcv_wnd;
+	__u32 snd_wnd;
+	__u32 snd_una;
+	__u32 tsoffset;
+	__u64 bytes_received;
+	__u64 bytes_acked;
+	__u16 advmss;
+	__u8 ecn_flags;
+	struct rb_root out_of_order_queue;
+	struct tcp_options_received rx_opt;
 };
 
 #pragma clang attribute pop

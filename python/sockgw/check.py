@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """`sockgw check`: what this host can do, path by path, and how to get more.
 
-The verdict on splice is proven: when the probes have passed, the real datapath
-is loaded, two connections are paired and bytes go through them, and nothing
-of it stays behind.
+The verdicts on wire and splice are proven: when the probes have passed, the real
+programs are loaded, a session goes that way with bytes in it, and nothing of it
+stays behind.
 """
 
 from __future__ import annotations
@@ -25,8 +25,11 @@ import click
 from sockgw import __version__
 from sockgw._bpf import features
 from sockgw._bpf.features import Feature, Verdict
+from sockgw.backend import Backends
+from sockgw.config import Address
 from sockgw.errors import DatapathError
 from sockgw.gateway import sessions_allowed
+from sockgw.loop import Handover, open_loop
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -37,6 +40,9 @@ _RELAY_ONLY: Final = 3
 _PATHS: Final = ("direct", "wire", "splice", "relay")
 _PROOF: Final = bytes(range(256)) * 64  # fits any send buffer: none of it is passed
 _PROOF_S: Final = 5.0
+_HOST: Final = "127.0.0.1"
+_SWITCH_TRIES: Final = 5
+_PAUSE_S: Final = 0.01
 
 _DEFECT: Final = "sockgw's own proof failed here: please report it with this kernel's version"
 _NOT_FOLLOWED: Final = "without round-trip times and retransmits in the log"
@@ -105,8 +111,12 @@ def _verdict(path: str, probed: tuple[Feature, ...]) -> PathVerdict:
         return PathVerdict(path, not obstacles, notes)
     cgroup2 = next(feature for feature in probed if feature.name == "cgroup2")
     has_cgroup = cgroup2.verdict is Verdict.SUPPORTED
+    refused = ""
     try:
-        refused = prove_splice(Path(cgroup2.detail) if has_cgroup else None)
+        if path == "wire":
+            prove_wire()
+        else:
+            refused = prove_splice(Path(cgroup2.detail) if has_cgroup else None)
     except DatapathError as error:
         return PathVerdict(path, works=False, notes=(str(error),))
     except OSError as error:
@@ -136,6 +146,50 @@ def prove_splice(cgroup: Path | None) -> str:
         if (counted.to_backend_bytes, counted.to_client_bytes) != (len(_PROOF), len(_PROOF)):
             raise OSError(errno.EIO, f"bytes came through that were not redirected: {counted}")
         return str(datapath.cgroup_error or "")
+
+
+def prove_wire() -> None:
+    """Take a session to the wire, and move bytes both ways with nobody between the two ends.
+
+    Raises DatapathError when the kernel refuses a step, and OSError when the
+    session does not switch or the bytes do not come through.
+    """
+    from sockgw.wire import Wire  # noqa: PLC0415 -- fails without the binding
+
+    with contextlib.ExitStack() as stack:
+        wire = Wire.load(sessions=1, workers=1)
+        stack.callback(wire.close)
+        server = stack.enter_context(socket.create_server((_HOST, 0)))
+        listener = stack.enter_context(socket.create_server((_HOST, 0)))
+        backends = Backends((Address(*server.getsockname()),))
+        loop = open_loop(
+            *(backends, None, wire),
+            sessions=1,
+            connect_timeout_s=_PROOF_S,
+            is_logging=False,
+        )
+        stack.callback(loop.close)
+        loop.handover = Handover.AT_ONCE
+        client = stack.enter_context(
+            socket.create_connection(listener.getsockname(), timeout=_PROOF_S)
+        )
+        loop.accept(listener, 1)
+        backend = stack.enter_context(server.accept()[0])
+        backend.settimeout(_PROOF_S)
+        for _ in range(_SWITCH_TRIES):
+            for source, target in ((client, backend), (backend, client)):
+                source.sendall(b"x")
+                loop.poll(_PAUSE_S)
+                target.recv(1)
+            loop.poll(_PAUSE_S)
+        if not loop.on_wire:
+            raise OSError(errno.EIO, "a session that may switch to the wire did not")
+        _pass_through(client, backend)
+        _pass_through(backend, client)
+        counted = wire.bytes()
+        loop.reset_wired(0)
+    if min(counted) < len(_PROOF):
+        raise OSError(errno.EIO, f"bytes came through that were not translated: {counted}")
 
 
 @contextlib.contextmanager

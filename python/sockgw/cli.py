@@ -278,6 +278,15 @@ def _sockgw() -> None:
     metavar="|".join(log_format.value for log_format in config.LogFormat),
     help="How the log on stderr is written.",
 )
+@_option(
+    "--persist",
+    "persist",
+    _read_path,
+    metavar="DIRECTORY",
+    show_default="off",
+    help="A directory on a bpffs, below /sys/fs/bpf, say: sessions on wire outlive the gateway"
+    " there, whatever ends it, and the next one with this directory goes on with them.",
+)
 @click.option(
     "-v",
     "--verbose",
@@ -339,6 +348,19 @@ def check(*, cgroup: Path | None, as_json: bool) -> int:
     from sockgw import check as command  # noqa: PLC0415
 
     return command.main(cgroup, as_json)
+
+
+@_sockgw.command()
+@click.argument("directory", type=click.Path(path_type=Path))
+def clean(*, directory: Path) -> None:
+    """Remove what a gateway that is gone has left in its --persist DIRECTORY.
+
+    Sessions that are still on wire there are reset.
+    """
+    from sockgw import wire  # noqa: PLC0415
+
+    for name in wire.clean(directory):
+        click.echo(f"removed {directory / name}")
 
 
 @_sockgw.command()

@@ -221,3 +221,5 @@ class Config:
     drain_timeout_s: float = 30
     log_format: LogFormat = LogFormat.TEXT
     verbose: bool = False
+    persist: Path | None = None
+    """A directory on a bpffs, where sessions on wire outlive the gateway; None: they do not."""

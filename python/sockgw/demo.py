@@ -53,7 +53,7 @@ _HALF_CLOSES: Final = 20
 _STEP_S: Final = 2.5  # a slow host moves less in a step, it does not take longer
 _DEADLINE_S: Final = 15
 
-_ACCEL: Final = {"splice": "splice", "relay": "off"}
+_ACCEL: Final = {"wire": "wire", "splice": "splice", "relay": "off"}
 _SWITCHES: Final = re.compile(r"^voluntary_ctxt_switches:\s+(\d+)$", re.MULTILINE)
 _READY: Final = re.compile(r"listening on ([\d.]+):(\d+), .*metrics (http[^\s,]+)")
 
@@ -66,25 +66,27 @@ def main() -> int:
     """
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # the same way out as Ctrl-C
     probed = features.all()
-    obstacle = str(features.first_obstacle("splice", probed) or "")
+    obstacles = {path: str(features.first_obstacle(path, probed) or "") for path in _ACCEL}
     payload = os.urandom(_ROUND_BYTES)
     rows: list[_Row] = []
     with _backend(payload) as backend:
-        for path in ("relay",) if obstacle else ("splice", "relay"):
+        for path in [path for path, obstacle in obstacles.items() if not obstacle]:
             try:
                 rows += _drive(path, backend, memoryview(payload))
             except ChildProcessError as error:
                 if path == "relay":
                     raise
-                obstacle = str(error.strerror)  # no probe sees a seccomp filter, or a lockdown
+                # No probe sees a seccomp filter, or a lockdown.
+                obstacles[path] = str(error.strerror)
     is_equal = all(row.moved.is_equal for row in rows)
     click.echo()
     for line in _table(rows):
         click.echo(line)
     click.echo(_LEGEND)
     click.echo("Every digest is equal." if is_equal else "SOME DIGESTS DIFFER: that is a bug.")
-    if obstacle:
-        click.echo(f"\nNot shown: splice, where the kernel moves the bytes.\n{obstacle}")
+    for path, obstacle in obstacles.items():
+        if obstacle:
+            click.echo(f"\nNot shown: {path}, where the kernel moves the bytes.\n{obstacle}")
     cgroup2 = next(feature for feature in probed if feature.name == "cgroup2")
     click.echo(_NEXT.format(cgroup="/sys/fs/cgroup" if cgroup2.remedy else cgroup2.detail))
     return 0 if is_equal else 1
@@ -130,7 +132,8 @@ def _drive(path: str, backend: str, payload: memoryview) -> Iterator[_Row]:
                 before = gateway.bytes_by_path()
                 moved = step(gateway, payload)
                 by_path = gateway.bytes_by_path() - before
-            yield _Row(path, name, moved, by_path["splice"] / (by_path.total() or 1))
+            in_kernel = by_path["wire"] + by_path["splice"]
+            yield _Row(path, name, moved, in_kernel / (by_path.total() or 1))
 
 
 @contextlib.contextmanager
@@ -463,7 +466,8 @@ def _table(rows: Iterable[_Row]) -> Iterator[str]:
 _LEGEND: Final = f"""
 Exchanges: one at a time, over {_SESSIONS} sessions in turn. Half-closes: 1 MiB, a session each.
 wakeups: of the gateway's threads. kernel: the share of the bytes that only the kernel
-touched; on splice, a stream that outruns its receiver is relayed until it pauses.
+touched; on splice, a stream that outruns its receiver is relayed until it pauses. On wire
+client and backend speak TCP with each other: the gateway has no socket in it any more.
 """
 
 _NEXT: Final = """

@@ -18,9 +18,11 @@ from sockgw import _bpf
 from sockgw._bpf import features
 from sockgw.backend import Backends
 from sockgw.config import Accel
-from sockgw.errors import DatapathError, UnsupportedKernelError
+from sockgw.errors import ConfigError, DatapathError, UnsupportedKernelError
 from sockgw.listener import Listener
+from sockgw.loop import WAYS
 from sockgw.metrics import MetricsServer, Snapshot, Tally, bind
+from sockgw.relay import bound
 from sockgw.session import Path, Way
 from sockgw.supervisor import Supervisor, shares
 from sockgw.workers import Count, Workers
@@ -28,6 +30,7 @@ from sockgw.workers import Count, Workers
 if TYPE_CHECKING:
     from sockgw.config import Config
     from sockgw.datapath import Datapath
+    from sockgw.wire import Wire
 
 _log = logging.getLogger("sockgw")
 
@@ -49,6 +52,7 @@ class Gateway:
         self._tally = Tally()  # what no worker counts: the fallbacks at start
         self._listener: Listener | None = None
         self._datapath: Datapath | None = None
+        self._wire: Wire | None = None
         self._metrics: MetricsServer | None = None
         self._workers: Workers | Supervisor | None = None
         self._processes = config.processes
@@ -88,6 +92,9 @@ class Gateway:
         """Decide how many sessions there may be, and how many processes are of use."""
         wanted = self._config.max_connections
         allowed = sessions_allowed(_raise_nofile(), self._processes)
+        if self._config.accel is Accel.WIRE and wanted is not None:
+            # A session on wire costs no descriptor; who knows that most are says so.
+            allowed = max(allowed, min(wanted, _MAX_SESSIONS))
         self._max_sessions = min(wanted or allowed, allowed)
         if wanted is not None and wanted > allowed:
             _log.warning(
@@ -114,6 +121,11 @@ class Gateway:
             self.path = Path.SPLICE
             if self._datapath.follows:
                 self._datapath.follow(listener.socket)
+        self._wire = self._load_wire()
+        if self._wire is not None:
+            self.path = Path.WIRE
+        else:
+            bound(listener.socket)
         listener.listen()
         if config.metrics is not None:
             self._metrics = bind(config.metrics, self.snapshot, self._pids)
@@ -123,15 +135,22 @@ class Gateway:
                 listener=listener,
                 backends=backends,
                 datapath=self._datapath,
+                wire=self._wire,
                 shares=shares(self._max_sessions, self._processes, config.threads),
                 forget=[self._metrics.forget] if self._metrics is not None else [],
             )
         else:
             self._workers = Workers(
-                config, listener=listener, backends=backends, datapath=self._datapath
+                config,
+                listener=listener,
+                backends=backends,
+                datapath=self._datapath,
+                wire=self._wire,
             )
         self._workers.start()
-        # Its thread comes after the forks: what it holds no child can miss.
+        # Their threads come after the forks: what they hold no child can miss.
+        if self._wire is not None:
+            self._wire.watch()
         if self._metrics is not None:
             self._metrics.start()
 
@@ -183,6 +202,9 @@ class Gateway:
             tally.segments_fallback = totals.passed_segments
             tally.bytes[Way.TO_BACKEND.value, Path.SPLICE.value] = totals.to_backend_bytes
             tally.bytes[Way.TO_CLIENT.value, Path.SPLICE.value] = totals.to_client_bytes
+        if self._wire is not None:
+            for way, translated in zip(WAYS, self._wire.bytes(), strict=True):
+                tally.bytes[way.value, Path.WIRE.value] = translated
         return Snapshot(
             tally=tally,
             sessions_active=count.sessions_active,
@@ -203,16 +225,16 @@ class Gateway:
         accel = self._config.accel
         if accel is Accel.OFF:
             return None
-        if accel in (Accel.DIRECT, Accel.WIRE):
+        if accel is Accel.DIRECT:
             raise UnsupportedKernelError(
-                f"--accel {accel.value}", "not built in this version; use auto, splice or off"
+                f"--accel {accel.value}", "not built in this version; use auto, wire, splice or off"
             )
-        is_demanded = accel is Accel.SPLICE
+        is_demanded = accel in {Accel.SPLICE, Accel.WIRE}
         found = features.all(self._config.cgroup)
         obstacle = features.first_obstacle(Path.SPLICE.value, found)
         if obstacle is not None:
             if is_demanded:
-                raise UnsupportedKernelError("--accel splice", str(obstacle))
+                raise UnsupportedKernelError(f"--accel {accel.value}", str(obstacle))
             self._fall_back(obstacle.reason, str(obstacle))
             return None
         # Imported late: without the binding there is no such module.
@@ -238,6 +260,36 @@ class Gateway:
             self._warn("attach_failed", f"no statistics of connections: {datapath.cgroup_error}")
         return datapath
 
+    def _load_wire(self) -> Wire | None:
+        """Load the wire path, if it was asked for by name; what does not fit it goes by splice."""
+        config = self._config
+        if config.accel is not Accel.WIRE:
+            if config.persist is not None:
+                raise ConfigError("--persist: only sessions on wire persist; use --accel wire")
+            return None
+        if config.persist is not None and self._processes > 1:
+            raise ConfigError("--persist: not with several --processes")
+        obstacle = features.first_obstacle(Path.WIRE.value, features.all(config.cgroup))
+        if obstacle is not None:
+            raise UnsupportedKernelError("--accel wire", str(obstacle))
+        rules = features.netfilter(self._ports())
+        if rules.verdict is not features.Verdict.SUPPORTED:
+            self._warn(rules.reason, str(rules))
+        # Imported late: without the binding there is no such module.
+        from sockgw.wire import Wire  # noqa: PLC0415
+
+        return Wire.load(
+            sessions=self._max_sessions,
+            workers=config.threads * self._processes,
+            processes=self._processes,
+            persist=config.persist,
+        )
+
+    def _ports(self) -> set[int]:
+        """Return the ports that a rule of netfilter might name."""
+        own = self._listener.socket.getsockname()[1] if self._listener is not None else 0
+        return {own, *(backend.port for backend in self._config.backends)}
+
     def _fall_back(self, reason: str, why: str) -> None:
         self._warn(reason, f"userspace relays the bytes: {why}")
 
@@ -256,6 +308,9 @@ class Gateway:
                 self._workers.release()
         with self._reading:
             datapath, self._datapath = self._datapath, None
+            wire, self._wire = self._wire, None
+        if wire is not None:
+            wire.close()
         if datapath is not None:
             datapath.close()
 

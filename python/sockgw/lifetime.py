@@ -68,6 +68,8 @@ class Line(NamedTuple):
     spills: int
     client_connection: Connection | None
     backend_connection: Connection | None
+    wire_bytes: tuple[int, int] = (0, 0)
+    """Bytes by wire, to the backend and to the client."""
 
 
 class Session:
@@ -350,8 +352,8 @@ class Session:
             splices = self._pair(to_backend, to_client, is_client_first=is_answer)
         if released is None or not released.is_counted:
             self.tally.sessions_total[self.path.value] += 1
-        if released is not None and released.reason is Reason.FULL:
-            stalled = to_backend if released.way is Way.TO_BACKEND else to_client
+        if released is not None and released.held:
+            stalled = to_backend if released.held_way is Way.TO_BACKEND else to_client
             stalled.relay.hold(released.held)
         # What the backend says first must not wait for what the client sends.
         for direction in (to_client, to_backend):

@@ -147,6 +147,11 @@ class Listener:
         if taken and self._on_full is not None:
             self._go_last()
 
+    def enter(self, count: int) -> None:
+        """Count sessions that did not come from here."""
+        with self._lock:
+            self._sessions += count
+
     def leave(self, count: int = 1) -> None:
         """Count the end of sessions, and accept again if there was no room."""
         with self._lock:

@@ -29,6 +29,7 @@ if TYPE_CHECKING:
     from sockgw._bpf.loop import Run
     from sockgw.backend import Backends
     from sockgw.datapath import Connection, Datapath
+    from sockgw.wire import Wire
 
 WAYS: Final = (Way.TO_BACKEND, Way.TO_CLIENT)
 """In the order of sockmap.h's SOCK_SLOT_TO_..."""
@@ -63,6 +64,18 @@ class Reason(enum.IntEnum):
     """The same, and what could not be sent is lost."""
 
 
+class Finish(enum.Enum):
+    """How a session ended in the loop."""
+
+    EOF = enum.auto()
+    CLIENT_RESET = enum.auto()
+    BACKEND_RESET = enum.auto()
+    ASKED = enum.auto()
+    """`Loop.reset_wired` was called."""
+    LOST = enum.auto()
+    """On its way to the wire: somebody else was given its backend leg's ports."""
+
+
 class Released(NamedTuple):
     """A session that is the caller's from here on, with its sockets."""
 
@@ -76,7 +89,7 @@ class Released(NamedTuple):
     is_counted: bool = False
     """Whether `Loop.relayed` has it."""
     way: Way = Way.TO_BACKEND
-    """FULL: the direction; FAILED: the one that the socket feeds."""
+    """FULL: the direction; FAILED: which the socket feeds; HANDOVER: whose bytes there are."""
     error: int = 0
     """The errno of FAILED (0: not known) and of DIAL_FAILED."""
     age_s: float = 0.0
@@ -85,11 +98,13 @@ class Released(NamedTuple):
     is_ended: tuple[bool, bool] = _NOBODY
     """Whether the FIN is passed on, by way."""
     held: bytes = b""
-    """What `way`'s target had no room for."""
+    """What a target had no room for ..."""
+    held_way: Way = Way.TO_BACKEND
+    """... and which."""
 
 
 class Ended(NamedTuple):
-    """A session that the loop has seen to its end, which was EOF."""
+    """A session that the loop has seen to its end."""
 
     client_name: str
     turn: int
@@ -99,6 +114,13 @@ class Ended(NamedTuple):
     client: Connection | None
     """What the sockops program saw, if it followed."""
     backend: Connection | None
+    finish: Finish = Finish.EOF
+    wire_bytes: tuple[int, int] = _NOTHING
+    """By way, besides what was copied."""
+    is_wired: bool = False
+    """Whether it went by wire at last."""
+    backend_name: str = ""
+    """Of an adopted session; else `turn` says it."""
 
 
 class Loop(Protocol):
@@ -114,6 +136,22 @@ class Loop(Protocol):
     @property
     def open(self) -> int:
         """Sessions that are with the loop now."""
+
+    @property
+    def armed(self) -> int:
+        """Those of them that wait for the moment to switch to the wire."""
+
+    @property
+    def on_wire(self) -> int:
+        """Those of them that go by wire."""
+
+    @property
+    def wired(self) -> int:
+        """Sessions so far that went by wire."""
+
+    @property
+    def unfit(self) -> list[int]:
+        """Sessions so far that could not, by `sockgw.wire.unfit_names`."""
 
     @property
     def relayed(self) -> int:
@@ -151,6 +189,16 @@ class Loop(Protocol):
     def release_silent(self, silent_s: float) -> int:
         """Release those that have been silent for so long, in the same way."""
 
+    def adopt(self, place: int, workers: int) -> int:
+        """Go on with a session that a dead gateway left at a place of the wire's maps.
+
+        Each of `workers` looks at all of them, and takes its own. Returns 1 if
+        there was one, which may be `ended` already.
+        """
+
+    def reset_wired(self, silent_s: float) -> int:
+        """Reset those on wire that are silent for so long; to be repeated until that is 0."""
+
     def hand_over(self, *, silent_s: float, age_s: float) -> int:
         """Release those that are silent, or have lasted, for so long: a faster path is worth it."""
 
@@ -170,7 +218,9 @@ class Loop(Protocol):
 def open_loop(
     backends: Backends,
     datapath: Datapath | None,
+    wire: Wire | None = None,
     *,
+    worker: int = 0,
     sessions: int,
     connect_timeout_s: float,
     is_logging: bool,
@@ -188,9 +238,11 @@ def open_loop(
     return CompiledLoop(
         backends,
         datapath,
+        wire,
+        worker=worker,
         sessions=sessions,
         connect_timeout_s=connect_timeout_s,
-        receive_option=receive_option(),
+        receive_option=receive_option() if wire is None else 0,
         is_logging=is_logging,
     )
 
@@ -207,8 +259,9 @@ def open_run() -> Run | None:
 class PythonLoop:
     """`select.epoll`, and no session is plain."""
 
-    open = relayed = 0
+    open = relayed = armed = on_wire = wired = 0
     sent = _NOTHING
+    unfit: Final[list[int]] = []
 
     def __init__(self, backends: Backends) -> None:
         """Watch nothing yet."""
@@ -251,6 +304,14 @@ class PythonLoop:
 
     def release_silent(self, silent_s: float) -> int:  # noqa: ARG002
         """Release nothing."""
+        return 0
+
+    def adopt(self, place: int, workers: int) -> int:  # noqa: ARG002
+        """Adopt nothing."""
+        return 0
+
+    def reset_wired(self, silent_s: float) -> int:  # noqa: ARG002
+        """Reset nothing."""
         return 0
 
     def hand_over(self, *, silent_s: float, age_s: float) -> int:  # noqa: ARG002

@@ -49,7 +49,7 @@ if TYPE_CHECKING:
 
 # The label values that exist before anything happened: a rate over a series
 # that only appears with its first event misses that event.
-PATHS = ("splice", "relay")
+PATHS = ("wire", "splice", "relay")
 DIRECTIONS = ("to_backend", "to_client")
 ENDS = (
     "eof",
@@ -66,7 +66,9 @@ FALLBACK_REASONS = (
     "no_binding",
     "kernel_too_old",
     "no_btf",
+    "no_tcx",
     "missing_capability",
+    "no_raw_sockets",
     "no_cgroup2",
     "load_failed",
     "attach_failed",
@@ -74,6 +76,18 @@ FALLBACK_REASONS = (
     "busy",
     "invalid_socket",
     "no_room",
+    "no_wire_room",
+    "no_moment",
+    "timestamps",
+    "window_scaling",
+    "sack",
+    "ecn",
+    "mss",
+    "mixed_legs",
+    "mixed_families",
+    "link_local",
+    "xfrm",
+    "netfilter",
     "other",
 )
 

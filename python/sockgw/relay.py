@@ -57,11 +57,19 @@ def set_up(sock: socket.socket) -> None:
     """Make `sock` fit for the relay; of a listener, before listen(): its children are, too.
 
     Nothing waits for more to come (TCP_NODELAY). An urgent byte stays in its
-    place (SO_OOBINLINE), as it does on splice; else recv() leaves it out. What
-    the socket may receive while its target is stalled is bounded.
+    place (SO_OOBINLINE), as it does on splice; else recv() leaves it out.
     """
     sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
     sock.setsockopt(socket.SOL_SOCKET, socket.SO_OOBINLINE, 1)
+
+
+def bound(sock: socket.socket) -> None:
+    """Bound what `sock` may receive while its target is stalled; of a listener, as above.
+
+    Not where sessions go by wire: a window announced in the handshake counts
+    on, and one that is larger than the other peer's keeps a session off it.
+    There the bound comes when a session is armed, or leaves the loop (loop.c).
+    """
     option = receive_option()
     if option:
         sock.setsockopt(socket.SOL_SOCKET, option, RECEIVE_BYTES)

@@ -41,6 +41,7 @@ if TYPE_CHECKING:
     from sockgw.config import Config
     from sockgw.datapath import Datapath
     from sockgw.listener import Listener
+    from sockgw.wire import Wire
 
 _log = logging.getLogger("sockgw")
 
@@ -132,6 +133,7 @@ class Supervisor:
         listener: Listener,
         backends: Backends,
         datapath: Datapath | None,
+        wire: Wire | None = None,
         shares: Iterable[Share],
         forget: Iterable[Callable[[], None]],
     ) -> None:
@@ -144,6 +146,7 @@ class Supervisor:
         self._listener = listener
         self._backends = backends
         self._datapath = datapath
+        self._wire = wire
         self._shares = list(shares)
         self._forget = list(forget)
         self._prctl = _prctl()
@@ -330,6 +333,8 @@ class Supervisor:
         # The kernel has closed its sockets before it said that it is dead.
         if self._datapath is not None:
             self._datapath.reclaim(share.workers)
+        if self._wire is not None:
+            self._wire.reclaim(share.index, share.sessions)
 
     def _replace(self) -> None:
         with self._lock:
@@ -403,6 +408,8 @@ class Supervisor:
         os.close(self._bell)
         if self._datapath is not None:
             self._datapath.narrow(share.sessions, share.workers)
+        if self._wire is not None:
+            self._wire.narrow(share.index, share.sessions, share.workers)
         others = [bell for index, bell in enumerate(self._bells) if index != share.index]
         self._listener.share(len(share.sessions), partial(_ring, others))
         workers = Workers(
@@ -410,6 +417,7 @@ class Supervisor:
             listener=self._listener,
             backends=self._backends,
             datapath=self._datapath,
+            wire=self._wire,
             first=share.workers.start,
         )
         workers.start()

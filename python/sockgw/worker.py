@@ -24,9 +24,9 @@ from typing import TYPE_CHECKING, Final
 from sockgw.lifetime import Line, Session
 from sockgw.listener import RETRY_S
 from sockgw.log import AccessLog
-from sockgw.loop import WAYS, Handover, open_loop, open_run
+from sockgw.loop import WAYS, Finish, Handover, open_loop, open_run
 from sockgw.metrics import Tally
-from sockgw.relay import Buffers, set_up
+from sockgw.relay import Buffers, bound, set_up
 from sockgw.session import End, Path
 
 if TYPE_CHECKING:
@@ -37,13 +37,18 @@ if TYPE_CHECKING:
     from sockgw.datapath import Connection, Datapath
     from sockgw.errors import DatapathError
     from sockgw.listener import Listener
+    from sockgw.wire import Wire
 
 _log = logging.getLogger("sockgw")
 
 _ACCEPTS: Final = 64
 """Connections accepted before the sessions have their turn."""
-_EOF: Final = (Path.RELAY.value, End.EOF.value)
-"""Path and end of every session that ends in the loop."""
+_ENDS: Final = {
+    Finish.EOF: End.EOF,
+    Finish.CLIENT_RESET: End.CLIENT_RESET,
+    Finish.BACKEND_RESET: End.BACKEND_RESET,
+    Finish.LOST: End.ERROR,
+}
 _BRIEF_S: Final = 0.25
 """A session that ends this soon has not been worth a pair."""
 _BRIEF: Final = 50
@@ -73,6 +78,7 @@ class Worker:
         listener: Listener,
         backends: Backends,
         datapath: Datapath | None,
+        wire: Wire | None = None,
         connect_timeout_s: float,
         idle_timeout_s: float,
         warned_reasons: set[str],
@@ -94,12 +100,17 @@ class Worker:
         self.loop = open_loop(
             backends,
             datapath,
-            sessions=listener.limit,
+            wire,
+            worker=index,
+            sessions=max(listener.limit, len(wire.left_behind) if wire is not None else 0),
             connect_timeout_s=connect_timeout_s,
             is_logging=self.access_log.is_enabled,
         )
-        if datapath is not None:
+        self._has_faster = datapath is not None or wire is not None
+        if self._has_faster:
             self.loop.handover = Handover.AT_ONCE
+        self._wire = wire
+        self._unfit_names = wire.unfit_names if wire is not None else []
         self._idle_timeout_s = idle_timeout_s
         self._on_crash = on_crash
         self._owners: dict[int, Session | Callable[[], None]] = {}
@@ -133,6 +144,8 @@ class Worker:
 
         def close_all() -> None:
             self._close_plain(self.loop.release_all, end)
+            if self._wire is None or not self._wire.is_persistent:
+                self._reset_wired(0, end)
             for session in list(self.sessions):
                 session.close(end)
 
@@ -147,6 +160,10 @@ class Worker:
         """What was counted so far."""
         tally = Tally.merge([self.counting])
         tally.sessions_total[Path.RELAY.value] += self.loop.relayed
+        tally.sessions_total[Path.WIRE.value] += self.loop.wired
+        for name, count in zip(self._unfit_names, self.loop.unfit, strict=False):
+            if name:
+                tally.fallbacks[name] += count
         for way, sent in zip(WAYS, self.loop.sent, strict=True):
             tally.bytes[way.value, Path.RELAY.value] += sent
         return tally
@@ -156,7 +173,9 @@ class Worker:
         """Open sessions by the path that they are on."""
         # list() copies in one step, while the worker goes on.
         active = Counter(session.path.value for session in list(self.sessions))
-        active[Path.RELAY.value] += self.loop.open
+        on_wire = self.loop.on_wire
+        active[Path.WIRE.value] += on_wire
+        active[Path.RELAY.value] += max(0, self.loop.open - on_wire)
         return active
 
     def held_by_kernel(self) -> int:
@@ -204,6 +223,7 @@ class Worker:
     def prepare(self, sock: socket.socket) -> None:
         """Set up a backend's socket before it connects."""
         set_up(sock)
+        bound(sock)
         if self.datapath is not None and self.datapath.follows:
             self.datapath.follow(sock)
 
@@ -237,8 +257,10 @@ class Worker:
             "seconds": round(line.age_s, 6),
             "path": line.path,
             "end": line.end,
+            "to_backend_wire_bytes": line.wire_bytes[0],
             "to_backend_splice_bytes": line.moved[0],
             "to_backend_relay_bytes": line.moved[1],
+            "to_client_wire_bytes": line.wire_bytes[1],
             "to_client_splice_bytes": line.moved[2],
             "to_client_relay_bytes": line.moved[3],
             "spills": line.spills,
@@ -254,7 +276,7 @@ class Worker:
     def _run(self) -> None:
         try:
             self._set_up()
-            while not (self._is_draining and not self.sessions and not self.loop.open):
+            while not (self._is_draining and not self.sessions and not self._open_here):
                 events = self.loop.poll(self._timeout_s())
                 self._round_s = time.time()
                 for fd, mask in events:
@@ -266,6 +288,7 @@ class Worker:
             self._on_crash(error)
             with suppress(Exception):  # as much of it as still can be
                 self._close_plain(self.loop.release_all, End.ERROR)
+                self._reset_wired(0, End.ERROR)
             for session in list(self.sessions):
                 with suppress(Exception):
                     session.close(End.ERROR)
@@ -281,9 +304,26 @@ class Worker:
             self._owners[spill_fd] = self._on_spill
             self.loop.register(spill_fd, select.EPOLLIN)
         self._owners[self.listener.socket.fileno()] = self._on_connection
+        if self._wire is not None:
+            self._adopt(self._wire)
         self.listener.watch(self.loop)
         if self._idle_timeout_s:
             self._sweep()
+
+    def _adopt(self, wire: Wire) -> None:
+        """Go on with what a gateway that has died left on wire."""
+        self._round_s = time.time()
+        for place in wire.left_behind:
+            if self.loop.adopt(place, wire.workers):
+                self.listener.enter(1)
+                self._take_over()
+        self._close_buried()
+
+    @property
+    def _open_here(self) -> int:
+        """Sessions with the loop that this gateway must not leave."""
+        stays = self.loop.on_wire if self._wire is not None and self._wire.is_persistent else 0
+        return self.loop.open - stays
 
     def _timeout_s(self) -> float | None:
         """Return how long to sleep; None when only an event can matter."""
@@ -349,16 +389,25 @@ class Worker:
         if not ended:
             return
         self.listener.leave(len(ended))
-        self.counting.sessions_ended[End.EOF.value] += len(ended)
         is_logging = self.access_log.is_enabled
         for one in ended:
-            if one.age_s < _BRIEF_S:
-                self._brief += 1
+            how = _ENDS.get(one.finish, end or End.CLOSED)
+            self.counting.sessions_ended[how.value] += 1
+            self.note_end(one.age_s, how)
             if is_logging:
-                moved = (0, one.to_backend_bytes, 0, one.to_client_bytes)
-                name = self.backends.name(one.turn)
                 self.report(
-                    Line(one.client_name, name, one.age_s, *_EOF, moved, 0, one.client, one.backend)
+                    Line(
+                        one.client_name,
+                        one.backend_name or self.backends.name(one.turn),
+                        one.age_s,
+                        (Path.WIRE if one.is_wired else Path.RELAY).value,
+                        how.value,
+                        (0, one.to_backend_bytes, 0, one.to_client_bytes),
+                        0,
+                        one.client,
+                        one.backend,
+                        one.wire_bytes,
+                    )
                 )
 
     def _guarded(self, session: Session, call: Callable[[], None]) -> None:
@@ -383,7 +432,7 @@ class Worker:
                 self._guarded(session, partial(session.on_spill, is_to_backend=is_to_backend))
 
     def _on_connection(self) -> None:
-        if self.datapath is not None:
+        if self._has_faster:
             self._choose_handover()
             if not self._is_handing_over:
                 self._is_handing_over = True
@@ -413,7 +462,7 @@ class Worker:
         silent_s, age_s = (_NEVER_S, _LASTS_S) if is_rush else (_SILENT_S, _NEVER_S)
         while self.loop.hand_over(silent_s=silent_s, age_s=age_s):
             self._take_over()
-        self._is_handing_over = self.loop.open > 0
+        self._is_handing_over = self.loop.open > self.loop.armed + self.loop.on_wire
         if self._is_handing_over:
             self.after(_LASTS_S / 2 if is_rush else _SILENT_S, None, self._hand_over)
 
@@ -421,6 +470,12 @@ class Worker:
         """Close what the loop has, as far as `release` releases it."""
         self._take_over()  # what was released before, for another reason
         while release():
+            self._take_over(end)
+
+    def _reset_wired(self, silent_s: float, end: End) -> None:
+        """End the sessions on wire that have been silent for so long."""
+        self._take_over()
+        while self.loop.reset_wired(silent_s):
             self._take_over(end)
 
     def _drain(self) -> None:
@@ -431,6 +486,7 @@ class Worker:
         now_s = time.monotonic()
         idle = partial(self.loop.release_silent, self._idle_timeout_s)
         self._close_plain(idle, End.IDLE_TIMEOUT)
+        self._reset_wired(self._idle_timeout_s, End.IDLE_TIMEOUT)
         for session in list(self.sessions):
             session.reset_if_idle(now_s, self._idle_timeout_s)
         self.after(min(max(self._idle_timeout_s / 4, 0.05), 30.0), None, self._sweep)

@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from sockgw.config import Config
     from sockgw.datapath import Datapath
     from sockgw.listener import Listener
+    from sockgw.wire import Wire
 
 _log = logging.getLogger("sockgw")
 
@@ -66,6 +67,7 @@ class Workers:
         listener: Listener,
         backends: Backends,
         datapath: Datapath | None,
+        wire: Wire | None = None,
         first: int = 0,
     ) -> None:
         """Prepare `config.threads` workers, numbered from `first`; `start` runs them."""
@@ -84,6 +86,7 @@ class Workers:
                 listener=listener,
                 backends=backends,
                 datapath=datapath,
+                wire=wire,
                 connect_timeout_s=config.connect_timeout_s,
                 idle_timeout_s=config.idle_timeout_s,
                 warned_reasons=warned_reasons,

@@ -25,11 +25,20 @@ struct bpf_link *bpf_program__attach_cgroup(const struct bpf_program *program, i
 int bpf_link__destroy(struct bpf_link *link);
 int bpf_map__set_max_entries(struct bpf_map *map, uint32_t max_entries);
 int bpf_map__fd(const struct bpf_map *map);
+uint32_t bpf_map__max_entries(const struct bpf_map *map);
 uint32_t bpf_map__key_size(const struct bpf_map *map);
 uint32_t bpf_map__value_size(const struct bpf_map *map);
 int bpf_map_update_elem(int fd, const void *key, const void *value, __u64 flags);
 int bpf_map_lookup_elem(int fd, const void *key, void *value);
+struct bpf_map_batch_opts;
+int bpf_map_update_batch(int fd, const void *keys, const void *values, uint32_t *count,
+			 const struct bpf_map_batch_opts *opts);
 int bpf_map_get_next_key(int fd, const void *key, void *next_key);
+int bpf_map__reuse_fd(struct bpf_map *map, int fd);
+struct bpf_link_update_opts;
+int bpf_link_update(int link, int program, const struct bpf_link_update_opts *opts);
+int bpf_obj_pin(int fd, const char *path);
+int bpf_obj_get(const char *path);
 
 /* Attach a verdict program to a sockmap; it goes when the map goes. */
 int sgw_attach_verdict(int program, int sock_map);
@@ -107,8 +116,8 @@ void sgw_stats(int map, int fd, struct sock_stats *stats);
 
 struct sgw_ring;
 
-/* Make a ring of spill records: a map's fd, or -errno. */
-int sgw_ring_create(uint32_t bytes);
+/* Make a ring buffer: a map's fd, or -errno. */
+int sgw_ring_create(const char *name, uint32_t bytes);
 struct sgw_ring *sgw_ring_open(int map);
 void sgw_ring_close(struct sgw_ring *ring);
 /* Take up to max records: their number, or -errno. */
@@ -134,6 +143,44 @@ struct sgw_run {
 /* Copy until the source is empty or ends, a socket fails, or something is held. */
 void sgw_run(struct sgw_run *run);
 
+/* The wire path (wire.c): one for each process. */
+
+struct wire_slot;
+struct sgw_wire;
+
+struct sgw_wire_settings {
+	int flows_map;
+	int sessions_map;
+	struct wire_slot *slots; /* of all processes */
+	uint32_t first; /* of this one's places */
+	uint32_t sessions;
+	bool is_inherited; /* the maps are another gateway's, which has died */
+};
+
+/* NULL and errno: no right to send resets (CAP_NET_RAW), no memory. */
+struct sgw_wire *sgw_wire_open(const struct sgw_wire_settings *settings);
+/* Make a forked process's copy its own, with these places; nothing is armed yet. */
+void sgw_wire_narrow(struct sgw_wire *wire, uint32_t first, uint32_t sessions);
+/* End the sessions of a process that has died. */
+void sgw_wire_reclaim(struct sgw_wire *wire, uint32_t first, uint32_t sessions);
+/* Wait until `alive`, the reading end of a pipe, ends: then the gateway is gone, however that came
+ * about, and the sessions that it leaves are reset. For a process of its own; never returns.
+ */
+void sgw_wire_guard(struct sgw_wire *wire, int alive);
+/* Sum up, by way, over the first sessions' places. */
+void sgw_wire_totals(const struct sgw_wire *wire, uint32_t sessions, uint64_t *bytes,
+		     uint64_t *packets);
+void sgw_wire_close(struct sgw_wire *wire);
+size_t sgw_wire_slot_bytes(void);
+/* Attach to an interface's ingress by a link, which dies with the process, before or behind all
+ * programs there: its descriptor, or -errno.
+ */
+int sgw_attach_tcx(int program, int ifindex, bool is_first);
+#define SGW_WIRE_WORKERS 256 /* at most, and as many rings */
+#define SGW_UNFITS 16 /* more than enum wire_unfit has */
+/* The name of one, "" if there is none. */
+const char *sgw_unfit_name(uint32_t unfit);
+
 /* A worker's event loop (loop.c). */
 
 #define SGW_COPY_BYTES 131072
@@ -149,7 +196,7 @@ enum sgw_reason {
 	SGW_ASKED, /* sgw_loop_release...() */
 	SGW_DIAL_FAILED, /* by error */
 	SGW_FAILED, /* the socket that feeds way, by error if that is not 0 */
-	SGW_FULL, /* held is what way's target has no room for */
+	SGW_FULL, /* a target has no room for what is held */
 	SGW_NO_MEMORY, /* the same, but it is lost */
 };
 
@@ -172,17 +219,30 @@ struct sgw_released {
 	uint64_t age_ns;
 	uint64_t bytes[2]; /* sent on, by way */
 	bool is_ended[2]; /* its FIN is passed on, by way */
-	char *held; /* to be freed with free() */
+	char *held; /* of held_way; to be freed with free() */
 	size_t held_bytes;
+	uint32_t held_way;
 	char client_name[72];
+};
+
+enum sgw_end { /* how a session ended */
+	SGW_EOF,
+	SGW_CLIENT_RESET,
+	SGW_BACKEND_RESET,
+	SGW_RESET_AS_ASKED, /* sgw_loop_reset_wired() */
+	SGW_LOST, /* somebody else has its backend leg's ports */
 };
 
 struct sgw_ended { /* a session that ended without having been released */
 	uint32_t turn;
+	enum sgw_end end;
 	uint64_t age_ns;
-	uint64_t bytes[2];
+	uint64_t bytes[2]; /* copied */
+	uint64_t wire_bytes[2];
+	uint64_t is_wired; /* it went by wire at last */
 	struct sock_stats stats[2]; /* of the client, the backend */
 	char client_name[72];
+	char backend_name[72]; /* "": turn says it */
 };
 
 struct sgw_loop {
@@ -193,6 +253,10 @@ struct sgw_loop {
 	 */
 	uint64_t relayed;
 	uint64_t bytes[2];
+	uint32_t armed; /* of open: they wait for the moment to switch */
+	uint32_t on_wire; /* of open */
+	uint64_t wired; /* sessions that went by wire */
+	uint64_t unfit[16]; /* SGW_UNFITS: sessions that cannot, by enum wire_unfit */
 	const struct sgw_event *events;
 	int released_count; /* for the caller to set back to 0 */
 	int ended_count;
@@ -208,6 +272,10 @@ struct sgw_loop_settings {
 	int stats_map; /* -1: none */
 	bool is_logging; /* whether names and stats of ended sessions are wanted */
 	uint64_t *turns; /* sessions begun, by all that share the backends */
+	struct sgw_wire *wire; /* NULL: no session goes by wire */
+	int wire_ring; /* this worker's */
+	uint32_t worker;
+	bool is_splicing; /* sessions that do not go by wire are released */
 };
 
 /* NULL: no memory, or no descriptor. */
@@ -237,6 +305,14 @@ int sgw_loop_release_all(struct sgw_loop *loop);
 int sgw_loop_release_silent(struct sgw_loop *loop, uint64_t silent_ns);
 /* ... for a faster path: those that are silent now, or have lasted so long. */
 int sgw_loop_hand_over(struct sgw_loop *loop, uint64_t silent_ns, uint64_t age_ns);
+/* Go on with what a dead gateway has left at a place of the maps, if this is the one of `workers`
+ * that hears of it: 1 if that is a session, or was one, which is then told as ended.
+ */
+int sgw_loop_adopt(struct sgw_loop *loop, uint32_t id, uint32_t workers);
+/* Reset sessions on wire that have been silent for so long: their number, to be
+ * repeated until that is 0.
+ */
+int sgw_loop_reset_wired(struct sgw_loop *loop, uint64_t silent_ns);
 void free(void *memory);
 /* Give memory that was freed back to the system. */
 void sgw_trim(void);

@@ -11,16 +11,20 @@ from __future__ import annotations
 
 import enum
 import importlib
+import json
 import os
 import re
+import shutil
+import socket
+import subprocess
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING, Any, Final
 
 from sockgw.errors import ConfigError, UnsupportedKernelError
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable
+    from collections.abc import Collection, Iterable
 
 NOT_BUILT: Final = "not built in this version"
 BPF_OBJECT: Final = Path(__file__).with_name("sockmap.bpf.o")
@@ -83,6 +87,18 @@ _LACKS: Final = {
         "AmbientCapabilities=; setcap has no effect on a script); the relay needs none: "
         "--accel off",
     ),
+    "tcx": _Lack(
+        "no_tcx",
+        "boot a kernel that is >= 6.6: the program must leave the interfaces with its process",
+    ),
+    "raw_sockets": _Lack(
+        "no_raw_sockets", "run as root, or grant CAP_NET_RAW: it ends sessions by a reset"
+    ),
+    "netfilter": _Lack(
+        "netfilter",
+        "packets of a session on wire do not pass INPUT, OUTPUT or NAT; --accel splice keeps all "
+        "sessions there",
+    ),
     "cgroup2": _Lack(
         "no_cgroup2",
         "mkdir -p /sys/fs/cgroup/unified && mount -t cgroup2 none /sys/fs/cgroup/unified",
@@ -92,6 +108,7 @@ _LACKS: Final = {
 # Without a cgroup2 only the sockops program is lost: splice works, its log
 # lines lack the round-trip times.
 _NEEDS: Final[dict[str, tuple[str, ...]]] = {
+    "wire": ("binding", "kernel", "btf", "tcx", "capabilities", "raw_sockets"),
     "splice": ("binding", "kernel", "btf", "capabilities"),
     "relay": (),
 }
@@ -108,7 +125,10 @@ def all(cgroup: Path | None = None) -> tuple[Feature, ...]:  # noqa: A001 -- rea
 
     Raises ConfigError when a `cgroup` is given and is not one.
     """
-    return binding(), kernel(), btf(), capabilities(), cgroup2(cgroup)
+    return (
+        *(binding(), kernel(), btf(), tcx()),
+        *(capabilities(), raw_sockets(), cgroup2(cgroup)),
+    )
 
 
 def first_obstacle(path: str, features: Iterable[Feature]) -> Feature | None:
@@ -142,6 +162,7 @@ def binding() -> Feature:
 # bytes (KERNEL.md, 6); from 6.16 on every release has it.
 _FIXED_IN: Final = {(6, 1): 142, (6, 6): 94, (6, 12): 34, (6, 15): 3}
 _FIXED_SINCE: Final = (6, 16)
+_TCX_SINCE: Final = (6, 6, 0)
 
 
 def kernel(release: str | None = None) -> Feature:
@@ -180,6 +201,17 @@ def upstream_version(release: str, build: str, ubuntu: str) -> tuple[int, int, i
             major, minor, patch = (int(number or 0) for number in match.groups())
             return major, minor, patch
     return None
+
+
+def tcx(release: str | None = None) -> Feature:
+    """Probe for links at an interface's ingress, by the kernel's version or `release`."""
+    name = release or os.uname().release
+    version = upstream_version(name, "", "")
+    if version is None:
+        return _feature("tcx", Verdict.INCONCLUSIVE, f"cannot read a version in {name!r}")
+    is_there = version >= _TCX_SINCE
+    detail = "links at an interface's ingress" if is_there else f"not in {name}"
+    return _feature("tcx", Verdict.SUPPORTED if is_there else Verdict.UNSUPPORTED, detail)
 
 
 def btf() -> Feature:
@@ -224,6 +256,16 @@ def capabilities() -> Feature:
     return _feature("capabilities", Verdict.UNSUPPORTED, detail)
 
 
+def raw_sockets() -> Feature:
+    """Probe for raw sockets, by opening one."""
+    try:
+        socket.socket(socket.AF_INET, socket.SOCK_RAW, socket.IPPROTO_RAW).close()
+    except OSError as error:
+        detail = f"open one: {error.strerror}"
+        return _feature("raw_sockets", Verdict.UNSUPPORTED, detail)
+    return _feature("raw_sockets", Verdict.SUPPORTED, "resets can be sent")
+
+
 def missing_capabilities(status: str) -> tuple[str, ...]:
     """Return the names that CapEff lacks in `status`, a /proc/PID/status.
 
@@ -235,6 +277,58 @@ def missing_capabilities(status: str) -> tuple[str, ...]:
     if effective >> _CAP_SYS_ADMIN & 1:
         return ()
     return tuple(sorted(name for name, bit in _CAPABILITIES.items() if not effective >> bit & 1))
+
+
+# --- netfilter
+
+
+def netfilter(ports: Collection[int]) -> Feature:
+    """Probe for nftables rules that name one of `ports`, in what `nft` lists.
+
+    Without the command nobody has made such rules with it. Rules that
+    `nft` cannot put into words (iptables' own matches) are taken to name them.
+    """
+    nft = shutil.which("nft", path=f"{os.environ.get('PATH', '')}:/usr/sbin:/sbin")
+    if nft is None:
+        return _feature("netfilter", Verdict.SUPPORTED, "no nft here to make rules with")
+    try:
+        listed = subprocess.run(
+            [nft, "-j", "list", "ruleset"], capture_output=True, timeout=10, check=True
+        )
+        ruleset = json.loads(listed.stdout)["nftables"]
+    except (OSError, subprocess.SubprocessError, ValueError, KeyError) as error:
+        return _feature("netfilter", Verdict.INCONCLUSIVE, f"nft list ruleset: {error}")
+    for rule in (item["rule"] for item in ruleset if "rule" in item):
+        if any(_names_port(expression, ports) for expression in rule.get("expr", ())):
+            where = f"table {rule['family']} {rule['table']}, chain {rule['chain']}"
+            return _feature("netfilter", Verdict.UNSUPPORTED, f"{where} has a rule for our ports")
+    return _feature("netfilter", Verdict.SUPPORTED, "no rule names our ports")
+
+
+def _names_port(expression: Any, ports: Collection[int]) -> bool:  # noqa: ANN401 - JSON
+    """Whether a rule's statement or expression (libnftables-json(5)) has one of `ports` in it."""
+    if not isinstance(expression, dict):
+        return False
+    if "xt" in expression:
+        return True
+    match = expression.get("match", {})
+    left = match.get("left", {})
+    payload = left.get("payload", {}) if isinstance(left, dict) else {}
+    if payload.get("field") not in {"sport", "dport"}:
+        return False
+    return match.get("op", "==") not in {"==", "in"} or _has(match.get("right"), ports)
+
+
+def _has(value: Any, ports: Collection[int]) -> bool:  # noqa: ANN401 - JSON
+    if isinstance(value, int):
+        return value in ports
+    if isinstance(value, dict) and "range" in value:
+        first, last = value["range"]
+        return any(first <= port <= last for port in ports)
+    if isinstance(value, dict) and "set" in value:
+        members = value["set"] if isinstance(value["set"], list) else [value["set"]]
+        return any(_has(member, ports) for member in members)
+    return True  # a named set, a map: what is in it changes
 
 
 # --- cgroup2

@@ -19,7 +19,7 @@ from sockgw._bpf._binding import ffi, lib
 from sockgw.errors import DatapathError, VerifierError
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Iterator, Sequence
     from pathlib import Path
 
 _FORBIDDEN = (
@@ -68,6 +68,15 @@ class Map:
         """Insert or replace `key`."""
         _check(lib.bpf_map_update_elem(self.fd, key, value, 0), "update", self.name)
 
+    def put_all(self, keys: Sequence[bytes], values: Sequence[bytes]) -> None:
+        """Insert or replace many at once: for maps in a map each call waits for RCU."""
+        count = ffi.new("uint32_t *", len(keys))
+        _check(
+            lib.bpf_map_update_batch(self.fd, b"".join(keys), b"".join(values), count, ffi.NULL),
+            "update",
+            self.name,
+        )
+
     def get(self, key: bytes) -> bytes | None:
         """Return the value of `key`, None when there is none."""
         value = ffi.new("char[]", self._value_size)
@@ -93,6 +102,25 @@ class Map:
             key, following = following, ffi.new("char[]", self._key_size)
 
 
+def create_ring(name: str, size_bytes: int) -> int:
+    """Make a ring buffer of at least `size_bytes`; the descriptor is the caller's."""
+    pages = max(1, -(-size_bytes // mmap.PAGESIZE))
+    capacity = mmap.PAGESIZE << (pages - 1).bit_length()
+    fd: int = _check(lib.sgw_ring_create(name.encode(), capacity), "create", name)
+    return fd
+
+
+def pin(fd: int, path: Path) -> None:
+    """Keep the map or link `fd` beyond this process, at `path` on a bpffs."""
+    _check(lib.bpf_obj_pin(fd, os.fsencode(path)), "pin", str(path))
+
+
+def get(path: Path) -> int:
+    """Return a descriptor of what is pinned at `path`."""
+    fd: int = _check(lib.bpf_obj_get(os.fsencode(path)), "open", str(path))
+    return fd
+
+
 class Ring:
     """The reading end of a ring buffer of slot numbers; one reader only."""
 
@@ -100,9 +128,7 @@ class Ring:
 
     def __init__(self, size_bytes: int) -> None:
         """Make a ring of at least `size_bytes`."""
-        pages = max(1, -(-size_bytes // mmap.PAGESIZE))
-        capacity = mmap.PAGESIZE << (pages - 1).bit_length()
-        self.fd: int = _check(lib.sgw_ring_create(capacity), "create", "spill_ring")
+        self.fd = create_ring("spill_ring", size_bytes)
         self._slots = ffi.new("uint32_t[]", self._MAX_RECORDS)
         try:
             self._ring = _check(lib.sgw_ring_open(self.fd), "open", "spill_ring")
@@ -130,6 +156,7 @@ class Object:
 
     def __init__(self, path: Path) -> None:
         """Open the object file at `path`; the kernel is not asked yet."""
+        self._name = path.name
         lib.sgw_log_reset()
         self._links: list[Any] = []
         self._object = _check(
@@ -140,6 +167,17 @@ class Object:
         """Give the map `name` room for `entries`; before `load` only."""
         handle = self._handle(name)
         _check(lib.bpf_map__set_max_entries(handle, entries), "resize", name)
+
+    def reuse(self, name: str, path: Path) -> int:
+        """Take the pinned map at `path` for `name`; before `load` only. Return its room."""
+        handle = self._handle(name)
+        fd = get(path)
+        try:
+            _check(lib.bpf_map__reuse_fd(handle, fd), "take over", str(path))
+        finally:
+            os.close(fd)
+        entries: int = lib.bpf_map__max_entries(handle)
+        return entries
 
     def skip(self, name: str) -> None:
         """Leave the program `name` out of the load."""
@@ -156,8 +194,8 @@ class Object:
         result = lib.bpf_object__load(self._object)
         log: bytes = ffi.string(lib.sgw_log_text())
         if result < 0 and _VERIFIER_SAID in log:
-            raise VerifierError(-result, "sockmap.bpf.o", log.decode(errors="replace"))
-        _check(result, "load", "sockmap.bpf.o")
+            raise VerifierError(-result, self._name, log.decode(errors="replace"))
+        _check(result, "load", self._name)
 
     def map(self, name: str) -> Map:
         """Return the loaded map `name`."""
@@ -190,6 +228,21 @@ class Object:
         finally:
             os.close(fd)
         self._links.append(link)
+
+    def attach_tcx(self, program: str, ifindex: int, interface: str, *, is_first: bool) -> int:
+        """Attach `program` to an interface's ingress; the link goes with its descriptor."""
+        fd = _check(lib.bpf_program__fd(self._program(program)), "find", program)
+        link: int = _check(
+            lib.sgw_attach_tcx(fd, ifindex, is_first), f"attach {program} to", interface
+        )
+        return link
+
+    def update_link(self, program: str, link: int, interface: str) -> None:
+        """Have `link`, another process's perhaps, run `program` from now on."""
+        fd = _check(lib.bpf_program__fd(self._program(program)), "find", program)
+        _check(
+            lib.bpf_link_update(link, fd, ffi.NULL), f"replace the program {program} on", interface
+        )
 
     def close(self) -> None:
         """Detach and free everything."""

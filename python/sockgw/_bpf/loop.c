@@ -10,7 +10,11 @@
  * course is decided in one place, and the common one costs nothing there.
  *
  * The loop keeps no byte from one event to the next: what it has received and
- * could not send goes with the release.
+ * could not send goes with the release. The exception is a stream that is on its
+ * way to the wire, see gather().
+ *
+ * A session that goes by wire stays with the loop, too, without its sockets: until
+ * the program tells its end, or somebody wants to end it.
  */
 #define _GNU_SOURCE
 #include <arpa/inet.h>
@@ -24,10 +28,12 @@
 #include <stdlib.h>
 #include <string.h>
 #include <sys/epoll.h>
+#include <sys/ioctl.h>
 #include <sys/socket.h>
 #include <time.h>
 #include <unistd.h>
-#include "shim.h"
+#include <linux/sockios.h>
+#include "wire_calls.h"
 
 /* Of epoll_data: a socket of the loop's, not a descriptor of Python's. Below it
  * are the session's generation, its index, and the side: an event that was
@@ -35,6 +41,8 @@
  */
 #define OWN (1ULL << 63)
 #define GENERATION_MASK 0x7fffffffU
+#define WIRE_RING UINT64_MAX
+#define NO_KEEPER (-2)
 
 /* Edge-triggered: one mask for a session's life. EPOLLPRI, because an urgent
  * byte ends a recv() early, and a short recv() must mean that there is no more.
@@ -70,13 +78,41 @@
 #define HANDOVER_AHEAD_NS 16000000
 #define HANDOVER_MOST_NS 1000000 /* one handover; longer it waited for something else */
 
+/* A stream that is armed and does not pause is made to, when it has sent so much;
+ * what it waits for then is looked at after so long, and after twice as long each
+ * further time.
+ */
+#define GATHER_BYTES 262144
+#define GATHERS_MOST 64
+/* A target that has taken nothing for so long is not on its way anywhere. */
+#define GATHER_STALL_NS 250000000
+#define GATHER_LOOK_NS 1000000
+#define GATHER_LOOK_MAX_NS 64000000
+
+/* One that has had so many events since it was armed, or was made to pause so often,
+ * and has not switched never will: something is always in flight, or its packets
+ * do not pass the program as our sockets see them.
+ */
+#define ARMED_EVENTS 1024
+
+/* After so many events, and no more than so many bytes each, it is a dialogue of
+ * small messages: that one side might send more than the other takes is no reason
+ * to wait any longer.
+ */
+#define CHATTY_EVENTS 6
+#define CHATTY_BYTES 8192
+
+/* Told of the wire before the sockets have their turn. */
+#define WIRE_RECORDS (RECORDS - 2 * EVENTS)
+
 /* Buffers copied before the other sessions have their turn. */
 #define STEPS 8
 
 enum state {
 	FREE,
 	DIALLING,
-	CONNECTED
+	CONNECTED,
+	ON_WIRE
 };
 
 struct session {
@@ -88,13 +124,38 @@ struct session {
 	uint32_t turn;
 	uint32_t next; /* in its state's list */
 	uint32_t previous;
+	uint32_t wire; /* its id there, or NONE */
 	uint32_t seen; /* epoll's events of the client while its backend is dialled */
 	uint8_t state;
 	uint8_t is_ended[2]; /* by way: its FIN is passed on */
 	uint8_t is_urgent; /* urgent bytes were seen */
 	uint8_t is_answered; /* the backend has sent something */
 	uint8_t is_counted; /* in relayed */
+	uint8_t is_tried; /* whether it can go by wire was asked */
+	uint16_t armed_events;
+	uint8_t is_adopted; /* from a gateway that has died */
+	struct gathering *gathering; /* NULL: it copies as all do */
+	struct sock_stats stats[2]; /* of its connections, once they are closed */
 	struct sockaddr_in6 address; /* or sockaddr_in */
+};
+
+/* A session that copies what it peeks at, and holds what it could not send when it
+ * began to.
+ */
+struct gathering {
+	struct gathering *next;
+	uint32_t index;
+	uint64_t look_at_ns;
+	uint64_t pause_ns;
+	uint64_t moved_ns[2]; /* by way */
+	uint64_t acked_ns; /* when the peers last acknowledged something */
+	int unacknowledged;
+	uint32_t made; /* moments that were not used */
+	size_t peeked[2]; /* sent on, and still in the source's queue, by way */
+	uint32_t held_way;
+	size_t held_from;
+	size_t held_bytes;
+	char held[];
 };
 
 struct list {
@@ -124,6 +185,11 @@ struct loop {
 	/* The oldest first: each dial may take equally long. */
 	struct list dialling;
 	struct list connected;
+	struct list on_wire;
+	struct gathering *gathering;
+	struct ring_buffer *wire_ring;
+	int vault;
+	uint32_t *by_wire; /* sessions[] by id - the process's first */
 	struct sgw_event events[EVENTS];
 	struct sgw_released released[RECORDS];
 	struct sgw_ended ended[RECORDS];
@@ -180,11 +246,25 @@ static uint32_t take_session(struct loop *loop)
 	return index;
 }
 
+static struct list *list_of(struct loop *loop, const struct session *session)
+{
+	switch ((enum state)session->state) {
+	case DIALLING:
+		return &loop->dialling;
+	case ON_WIRE:
+		return &loop->on_wire;
+	case CONNECTED:
+	case FREE:
+		break;
+	}
+	return &loop->connected;
+}
+
 static void free_session(struct loop *loop, uint32_t index)
 {
 	struct session *session = &loop->sessions[index];
 
-	take_out(loop, session->state == DIALLING ? &loop->dialling : &loop->connected, index);
+	take_out(loop, list_of(loop, session), index);
 	session->state = FREE;
 	session->generation++;
 	session->next = loop->free;
@@ -213,6 +293,27 @@ static void format_address(const struct sockaddr_in6 *address, char *text)
 	snprintf(text, NAME_BYTES, format, host, ntohs(address->sin6_port));
 }
 
+static void take_address(const struct wire_flow *flow, struct sockaddr_in6 *address)
+{
+	struct sockaddr_in *v4 = (struct sockaddr_in *)address;
+
+	memset(address, 0, sizeof(*address));
+	address->sin6_family = (sa_family_t)flow->family;
+	address->sin6_port = flow->source_port;
+	if (flow->family == AF_INET)
+		v4->sin_addr.s_addr = flow->source[0];
+	else
+		memcpy(&address->sin6_addr, flow->source, 16);
+}
+
+static void name_flow(const struct wire_flow *flow, char *text)
+{
+	struct sockaddr_in6 address;
+
+	take_address(flow, &address);
+	format_address(&address, text);
+}
+
 static void count_relayed(struct loop *loop, struct session *session)
 {
 	if (!session->is_counted) {
@@ -221,14 +322,107 @@ static void count_relayed(struct loop *loop, struct session *session)
 	}
 }
 
-/* Let Python have the session as it is, and its sockets. */
+/* Tell whether the sockets are still the session's; from then on they will be. An
+ * armed one may have switched just now: what its sockets say is then of no matter.
+ */
+static bool keeps_sockets(struct loop *loop, struct session *session, bool is_ending)
+{
+	if (session->state == ON_WIRE)
+		return false;
+	if (session->wire != NONE) {
+		if (!wire_disarm(loop->settings.wire, session->wire,
+				 is_ending ? NULL : session->fds))
+			return false;
+		session->wire = NONE;
+		loop->public.armed--;
+	}
+	return true;
+}
+
+/* Keep what was received in `way` for Python. */
+static void hold(struct sgw_released *record, uint32_t way, const char *held, size_t length)
+{
+	record->held_way = way;
+	record->held = malloc(length);
+	if (record->held) {
+		record->held_bytes = length;
+		memcpy(record->held, held, length);
+	} else {
+		record->reason = SGW_NO_MEMORY;
+	}
+}
+
+/* --- gathering: what a stream is taken out of the relay by
+ *
+ * A stream that never pauses never has the moment at which nothing is in flight.
+ * It is made here: the bytes are peeked at and sent on, and stay in the source's
+ * queue. When the target's peer has acknowledged all of them, or before that, when
+ * the queue is full, the source's peer has to wait; then they are taken at once,
+ * the window opens, and the next packet finds nothing in flight.
+ *
+ * A peeked byte that was sent on counts as moved: whoever goes on with the session
+ * another way takes it from the queue first.
+ */
+
+static void set_peek_offset(int fd, int offset)
+{
+	setsockopt(fd, SOL_SOCKET, SO_PEEK_OFF, &offset, sizeof(offset));
+}
+
+/* Take what was sent on from the sources' queues. */
+static void take_peeked(struct session *session)
+{
+	struct gathering *gathering = session->gathering;
+	uint32_t way;
+
+	for (way = 0; way < 2; way++) {
+		while (gathering->peeked[way]) {
+			/* MSG_TRUNC: without copying. */
+			ssize_t taken = recv(session->fds[way], NULL, gathering->peeked[way],
+					     MSG_TRUNC | MSG_DONTWAIT);
+
+			if (taken <= 0)
+				break; /* it cannot be: they are there */
+			gathering->peeked[way] -= (size_t)taken;
+		}
+	}
+}
+
+static void drop_gathering(struct loop *loop, struct session *session)
+{
+	struct gathering **link = &loop->gathering;
+
+	while (*link != session->gathering)
+		link = &(*link)->next;
+	*link = session->gathering->next;
+	set_peek_offset(session->fds[CLIENT], -1);
+	set_peek_offset(session->fds[BACKEND], -1);
+	free(session->gathering);
+	session->gathering = NULL;
+}
+
+/* Let Python have the session as it is, and its sockets; NULL if it is on wire. */
 static struct sgw_released *release(struct loop *loop, uint32_t index, enum sgw_reason reason)
 {
-	struct sgw_released *record = &loop->released[loop->public.released_count++];
 	struct session *session = &loop->sessions[index];
+	struct sgw_released *record;
 
+	if (!keeps_sockets(loop, session, false))
+		return NULL;
+	if (loop->settings.wire && !session->is_tried)
+		wire_bound(session->fds);
+	record = &loop->released[loop->public.released_count++];
 	memset(record, 0, sizeof(*record));
 	record->reason = reason;
+	if (session->gathering) {
+		const struct gathering *gathering = session->gathering;
+
+		take_peeked(session);
+		if (gathering->held_bytes)
+			hold(record, gathering->held_way, gathering->held + gathering->held_from,
+			     gathering->held_bytes);
+		drop_gathering(loop, session);
+	}
 	record->client = session->fds[CLIENT];
 	record->backend = session->fds[BACKEND];
 	record->client_family = session->address.sin6_family;
@@ -248,13 +442,18 @@ static void release_failed(struct loop *loop, uint32_t index, uint32_t way, int 
 {
 	struct sgw_released *record = release(loop, index, SGW_FAILED);
 
+	if (!record)
+		return;
 	record->way = way;
 	record->error = error;
 }
 
 static void release_undialled(struct loop *loop, uint32_t index, int error)
 {
-	release(loop, index, SGW_DIAL_FAILED)->error = error;
+	struct sgw_released *record = release(loop, index, SGW_DIAL_FAILED);
+
+	if (record) /* it was never armed */
+		record->error = error;
 }
 
 /* The target has no room for what was received in `way`. */
@@ -263,31 +462,45 @@ static void release_full(struct loop *loop, uint32_t index, uint32_t way, const 
 {
 	struct sgw_released *record = release(loop, index, SGW_FULL);
 
+	if (!record) /* it cannot be: what is held keeps the moment away */
+		return;
 	record->way = way;
-	record->held = malloc(length);
-	if (record->held) {
-		record->held_bytes = length;
-		memcpy(record->held, held, length);
-	} else {
-		record->reason = SGW_NO_MEMORY;
-	}
+	hold(record, way, held, length);
+}
+
+static struct sgw_ended *record_end(struct loop *loop, const struct session *session,
+				    enum sgw_end end)
+{
+	struct sgw_ended *record = &loop->ended[loop->public.ended_count++];
+
+	memset(record, 0, sizeof(*record));
+	record->turn = session->turn;
+	record->end = end;
+	record->age_ns = loop->now_ns - session->started_ns;
+	memcpy(record->bytes, session->bytes, sizeof(record->bytes));
+	if (loop->settings.is_logging)
+		format_address(&session->address, record->client_name);
+	return record;
+}
+
+static void read_stats(const struct loop *loop, const struct session *session,
+		       struct sock_stats *stats)
+{
+	if (!loop->settings.is_logging)
+		return;
+	sgw_stats(loop->settings.stats_map, session->fds[CLIENT], &stats[CLIENT]);
+	sgw_stats(loop->settings.stats_map, session->fds[BACKEND], &stats[BACKEND]);
 }
 
 /* Both sides have sent their FIN and all is sent on. */
 static void finish(struct loop *loop, uint32_t index)
 {
 	struct session *session = &loop->sessions[index];
-	struct sgw_ended *record = &loop->ended[loop->public.ended_count++];
 
+	if (!keeps_sockets(loop, session, true)) /* it cannot be: after a FIN nothing switches */
+		return;
 	count_relayed(loop, session);
-	record->turn = session->turn;
-	record->age_ns = loop->now_ns - session->started_ns;
-	memcpy(record->bytes, session->bytes, sizeof(record->bytes));
-	if (loop->settings.is_logging) {
-		format_address(&session->address, record->client_name);
-		sgw_stats(loop->settings.stats_map, session->fds[CLIENT], &record->stats[CLIENT]);
-		sgw_stats(loop->settings.stats_map, session->fds[BACKEND], &record->stats[BACKEND]);
-	}
+	read_stats(loop, session, record_end(loop, session, SGW_EOF)->stats);
 	/* What close() sends first to one of them is that FIN. */
 	close(session->fds[BACKEND]);
 	close(session->fds[CLIENT]);
@@ -306,6 +519,224 @@ static int watch(struct loop *loop, uint32_t index, uint32_t side, int operation
 	return epoll_ctl(loop->epoll, operation, session->fds[side], &event) ? errno : 0;
 }
 
+static void copy(struct loop *loop, uint32_t index, uint32_t side, uint32_t events);
+
+/* Go on as all do. */
+static void stop_gathering(struct loop *loop, uint32_t index)
+{
+	struct session *session = &loop->sessions[index];
+	const struct gathering *gathering = session->gathering;
+
+	if (gathering->held_bytes) {
+		release(loop, index, SGW_FULL);
+		return;
+	}
+	take_peeked(session);
+	drop_gathering(loop, session);
+	/* Setting the masks again makes what is left an event again. */
+	watch(loop, index, CLIENT, EPOLL_CTL_MOD, WATCH);
+	watch(loop, index, BACKEND, EPOLL_CTL_MOD, WATCH);
+}
+
+enum progress {
+	CAUGHT_UP,
+	BLOCKED,
+	MORE,
+	OVER, /* the session does not gather any more, or is gone */
+};
+
+static void count_sent(struct loop *loop, struct session *session, uint32_t way, ssize_t sent)
+{
+	session->bytes[way] += (uint64_t)sent;
+	loop->public.bytes[way] += (uint64_t)sent;
+	session->active_ns = loop->now_ns;
+}
+
+static enum progress send_held(struct loop *loop, uint32_t index, uint32_t way)
+{
+	struct session *session = &loop->sessions[index];
+	struct gathering *gathering = session->gathering;
+	ssize_t sent = send(session->fds[!way], gathering->held + gathering->held_from,
+			    gathering->held_bytes, MSG_NOSIGNAL);
+
+	if (sent < 0) {
+		if (errno == EAGAIN)
+			return BLOCKED;
+		release_failed(loop, index, !way, errno);
+		return OVER;
+	}
+	count_sent(loop, session, way, sent);
+	gathering->held_from += (size_t)sent;
+	gathering->held_bytes -= (size_t)sent;
+	return gathering->held_bytes ? BLOCKED : CAUGHT_UP;
+}
+
+static enum progress gather_way(struct loop *loop, uint32_t index, uint32_t way)
+{
+	struct session *session = &loop->sessions[index];
+	struct gathering *gathering = session->gathering;
+	int source = session->fds[way], target = session->fds[!way];
+	int step;
+
+	if (gathering->held_bytes && gathering->held_way == way) {
+		enum progress progress = send_held(loop, index, way);
+
+		if (progress != CAUGHT_UP)
+			return progress;
+	}
+	for (step = 0; step < STEPS; step++) {
+		ssize_t received = recv(source, loop->buffer, SGW_COPY_BYTES, MSG_PEEK), sent;
+
+		if (received < 0 && errno == EAGAIN)
+			return CAUGHT_UP;
+		if (received < 0) {
+			release_failed(loop, index, way, errno);
+			return OVER;
+		}
+		if (!received) { /* a FIN: nothing switches any more */
+			stop_gathering(loop, index);
+			return OVER;
+		}
+		sent = send(target, loop->buffer, (size_t)received, MSG_NOSIGNAL);
+		if (sent < 0 && errno != EAGAIN) {
+			release_failed(loop, index, !way, errno);
+			return OVER;
+		}
+		if (sent < 0)
+			sent = 0;
+		count_sent(loop, session, way, sent);
+		gathering->peeked[way] += (size_t)sent;
+		if (sent < received) {
+			set_peek_offset(source, (int)gathering->peeked[way]);
+			return BLOCKED;
+		}
+	}
+	return MORE;
+}
+
+static int unacknowledged(const struct session *session)
+{
+	int count[2] = { 0 };
+
+	if (ioctl(session->fds[CLIENT], SIOCOUTQ, &count[CLIENT]) ||
+	    ioctl(session->fds[BACKEND], SIOCOUTQ, &count[BACKEND]))
+		return INT32_MAX;
+	return count[CLIENT] + count[BACKEND];
+}
+
+/* The moment does not come: the session goes on as if it had not been armed. */
+static void give_up_wire(struct loop *loop, uint32_t index)
+{
+	struct session *session = &loop->sessions[index];
+
+	if (!keeps_sockets(loop, session, false))
+		return;
+	loop->public.unfit[WIRE_NO_MOMENT]++;
+	if (session->gathering)
+		stop_gathering(loop, index);
+}
+
+static void gather(struct loop *loop, uint32_t index)
+{
+	struct session *session = &loop->sessions[index];
+	struct gathering *gathering = session->gathering;
+	bool is_caught_up = true, is_moving = false;
+	uint32_t way;
+	int left;
+
+	gathering->look_at_ns = UINT64_MAX;
+	for (way = 0; way < 2; way++) {
+		uint64_t before = session->bytes[way], stalled_at_ns;
+		enum progress progress = gather_way(loop, index, way);
+
+		if (progress == OVER)
+			return;
+		if (session->bytes[way] != before || progress == CAUGHT_UP)
+			gathering->moved_ns[way] = loop->now_ns;
+		is_moving |= session->bytes[way] != before;
+		is_caught_up &= progress == CAUGHT_UP;
+		stalled_at_ns = gathering->moved_ns[way] + GATHER_STALL_NS;
+		if (progress == MORE)
+			gathering->look_at_ns = loop->now_ns;
+		else if (progress == BLOCKED && stalled_at_ns < gathering->look_at_ns)
+			gathering->look_at_ns = stalled_at_ns;
+		/* What is peeked at only fills the source's buffer: one that is over its
+		 * limit holds up the reverse direction, too (relay.py, widen()).
+		 */
+		if (progress == BLOCKED && stalled_at_ns <= loop->now_ns) {
+			give_up_wire(loop, index);
+			return;
+		}
+	}
+	if (!is_caught_up)
+		return;
+	left = unacknowledged(session);
+	if (is_moving || left < gathering->unacknowledged)
+		gathering->acked_ns = loop->now_ns;
+	gathering->unacknowledged = left;
+	if (!left) {
+		wire_fit_windows(session->fds);
+		take_peeked(session);
+		if (is_moving && ++gathering->made > GATHERS_MOST)
+			give_up_wire(loop, index);
+	} else if (loop->now_ns - gathering->acked_ns >= GATHER_STALL_NS) {
+		give_up_wire(loop, index); /* for the same reason as above */
+	} else {
+		if (is_moving)
+			gathering->pause_ns = GATHER_LOOK_NS;
+		gathering->look_at_ns = loop->now_ns + gathering->pause_ns;
+		if (gathering->pause_ns < GATHER_LOOK_MAX_NS)
+			gathering->pause_ns *= 2;
+	}
+}
+
+/* false: it cannot be done, and nothing is changed. */
+static bool begin_gathering(struct loop *loop, uint32_t index, uint32_t way, const char *held,
+			    size_t length)
+{
+	struct session *session = &loop->sessions[index];
+	struct gathering *gathering = malloc(sizeof(*gathering) + length);
+	int start = 0;
+
+	if (!gathering)
+		return false;
+	/* Of TCP sockets since Linux 6.9. */
+	if (setsockopt(session->fds[CLIENT], SOL_SOCKET, SO_PEEK_OFF, &start, sizeof(start)) ||
+	    setsockopt(session->fds[BACKEND], SOL_SOCKET, SO_PEEK_OFF, &start, sizeof(start))) {
+		free(gathering);
+		return false;
+	}
+	*gathering = (struct gathering){
+		.next = loop->gathering,
+		.index = index,
+		.look_at_ns = loop->now_ns,
+		.pause_ns = GATHER_LOOK_NS,
+		.moved_ns = { loop->now_ns, loop->now_ns },
+		.acked_ns = loop->now_ns,
+		.held_way = way,
+		.held_bytes = length,
+	};
+	if (length)
+		memcpy(gathering->held, held, length);
+	loop->gathering = session->gathering = gathering;
+	watch(loop, index, CLIENT, EPOLL_CTL_MOD, WATCH | EPOLLOUT);
+	watch(loop, index, BACKEND, EPOLL_CTL_MOD, WATCH | EPOLLOUT);
+	return true;
+}
+
+static void look_at_gatherings(struct loop *loop)
+{
+	struct gathering *gathering, *next;
+
+	/* An event releases one session at most; here, too, there is room for all. */
+	for (gathering = loop->gathering; gathering && loop->public.released_count < RECORDS;
+	     gathering = next) {
+		next = gathering->next;
+		if (gathering->look_at_ns <= loop->now_ns)
+			gather(loop, gathering->index);
+	}
+}
+
 /* Copy what a side has sent; `events` is what epoll said of its socket. */
 static void copy(struct loop *loop, uint32_t index, uint32_t side, uint32_t events)
 {
@@ -315,6 +746,10 @@ static void copy(struct loop *loop, uint32_t index, uint32_t side, uint32_t even
 	ssize_t received, sent;
 	int step;
 
+	if (session->gathering) {
+		gather(loop, index);
+		return;
+	}
 	session->is_urgent |= (events & EPOLLPRI) != 0;
 	for (step = 0; step < STEPS; step++) {
 		received = recv(source, loop->buffer, SGW_COPY_BYTES, 0);
@@ -332,25 +767,28 @@ static void copy(struct loop *loop, uint32_t index, uint32_t side, uint32_t even
 				session->is_ended[way] = 1;
 			return;
 		}
-		session->active_ns = loop->now_ns;
 		sent = send(target, loop->buffer, (size_t)received, MSG_NOSIGNAL);
 		if (sent < 0 && errno != EAGAIN) {
 			release_failed(loop, index, !way, errno);
 			return;
 		}
-		if (sent > 0) {
-			session->bytes[way] += (uint64_t)sent;
-			loop->public.bytes[way] += (uint64_t)sent;
-		} else {
+		if (sent < 0)
 			sent = 0;
-		}
+		count_sent(loop, session, way, sent);
 		if (sent < received) {
-			release_full(loop, index, way, loop->buffer + sent,
-				     (size_t)(received - sent));
+			if (session->wire == NONE || session->is_ended[0] || session->is_ended[1] ||
+			    !begin_gathering(loop, index, way, loop->buffer + sent,
+					     (size_t)(received - sent)))
+				release_full(loop, index, way, loop->buffer + sent,
+					     (size_t)(received - sent));
 			return;
 		}
+		if (session->wire != NONE && session->bytes[way] > GATHER_BYTES &&
+		    !session->is_ended[0] && !session->is_ended[1] &&
+		    begin_gathering(loop, index, way, NULL, 0))
+			return;
 		session->is_answered |= side == BACKEND;
-		if (session->bytes[way] > STREAM_BYTES)
+		if (session->bytes[way] > STREAM_BYTES && session->wire == NONE)
 			count_relayed(loop, session);
 		/* Less than there was room for is all there is, and the next
 		 * byte is an event; a FIN that was announced is not.
@@ -405,6 +843,7 @@ static void begin(struct loop *loop, int client, const struct sockaddr_in6 *addr
 	session->started_ns = session->active_ns = loop->now_ns;
 	session->fds[CLIENT] = client;
 	session->fds[BACKEND] = -1;
+	session->wire = NONE;
 	session->address = *address;
 	session->turn = (uint32_t)__atomic_fetch_add(loop->settings.turns, 1, __ATOMIC_RELAXED);
 	session->state = DIALLING;
@@ -460,11 +899,54 @@ static void account_for_handovers(struct loop *loop)
 	loop->handover_ns += HANDOVER_PART * took_ns;
 }
 
+/* Have the program watch for the moment to switch; the session stays here meanwhile. */
+static void arm(struct loop *loop, uint32_t index)
+{
+	struct sgw_wire *wire = loop->settings.wire;
+	struct session *session = &loop->sessions[index];
+	enum wire_unfit unfit = wire_arm(wire, session->fds, loop->settings.worker, &session->wire);
+
+	session->is_tried = 1;
+	wire_bound(session->fds);
+	if (unfit) {
+		session->wire = NONE;
+		loop->public.unfit[unfit]++;
+		return;
+	}
+	loop->public.armed++;
+	loop->by_wire[session->wire - wire_first(wire)] = index;
+	wire_slot(wire, session->wire, 0)->started_ns = session->started_ns;
+}
+
+/* Let the session go on by a faster path; false if it has to be served here. */
+static bool hand_over(struct loop *loop, uint32_t index, uint32_t side)
+{
+	struct session *session = &loop->sessions[index];
+	struct sgw_released *record;
+
+	if (loop->settings.wire && !session->is_tried)
+		arm(loop, index);
+	if (session->wire != NONE || !loop->settings.is_splicing || !may_hand_over(loop))
+		return false;
+	record = release(loop, index, SGW_HANDOVER);
+	if (record)
+		record->way = side;
+	return true;
+}
+
 static void on_bytes(struct loop *loop, uint32_t index, uint32_t side, uint32_t events)
 {
-	if (is_worth_handover(loop, &loop->sessions[index], side, events) && may_hand_over(loop))
-		release(loop, index, SGW_HANDOVER)->way = side;
-	else
+	struct session *session = &loop->sessions[index];
+
+	if (session->wire != NONE && !session->gathering) {
+		session->armed_events++;
+		if (session->armed_events == CHATTY_EVENTS &&
+		    session->bytes[0] + session->bytes[1] <= CHATTY_EVENTS * CHATTY_BYTES)
+			wire_slot(loop->settings.wire, session->wire, 0)->is_chatty = 1;
+		if (session->armed_events > ARMED_EVENTS)
+			give_up_wire(loop, index);
+	}
+	if (!is_worth_handover(loop, session, side, events) || !hand_over(loop, index, side))
 		copy(loop, index, side, events);
 }
 
@@ -488,10 +970,9 @@ static void decide_dial(struct loop *loop, uint32_t index, uint32_t events)
 	append(loop, &loop->connected, index);
 	session->state = CONNECTED;
 	session->active_ns = loop->now_ns;
-	if (loop->public.handover == SGW_AT_ONCE && may_hand_over(loop)) {
-		release(loop, index, SGW_HANDOVER)->way = events & ~EPOLLOUT ? BACKEND : CLIENT;
+	if (loop->public.handover == SGW_AT_ONCE &&
+	    hand_over(loop, index, events & ~EPOLLOUT ? BACKEND : CLIENT))
 		return;
-	}
 	if (loop->public.handover == SGW_NEVER)
 		count_relayed(loop, session);
 	/* What the backend says first must not wait for what the client sends. */
@@ -511,8 +992,149 @@ static void on_event(struct loop *loop, uint32_t index, uint32_t side, uint32_t 
 		release_failed(loop, index, side, 0);
 	else if (session->state == DIALLING)
 		session->seen |= events;
+	else if (session->gathering)
+		gather(loop, index);
 	else if (!session->is_ended[side] && events & ~EPOLLOUT)
 		on_bytes(loop, index, side, events);
+}
+
+/* A session on wire is over: `reset` says which sides must be told, by leg. */
+static void end_wired(struct loop *loop, uint32_t index, enum sgw_end end, bool is_client_reset,
+		      bool is_backend_reset)
+{
+	struct session *session = &loop->sessions[index];
+	struct sgw_ended *record = record_end(loop, session, end);
+	struct sgw_wire *wire = loop->settings.wire;
+	struct wire_session found;
+	uint32_t way;
+
+	record->is_wired = 1;
+	memcpy(record->stats, session->stats, sizeof(record->stats));
+	for (way = 0; way < 2; way++) {
+		const struct wire_slot *slot = wire_slot(wire, session->wire, way);
+
+		record->wire_bytes[way] = slot->bytes - slot->counted_before;
+	}
+	if (session->is_adopted && wire_find(wire, session->wire, &found) != WIRE_FREE)
+		name_flow(&found.flows[SOCK_SLOT_TO_CLIENT], record->backend_name);
+	/* First the socket that keeps the ports: the reset is not for it. */
+	if (session->fds[BACKEND] >= 0)
+		close(session->fds[BACKEND]);
+	else
+		wire_vault_clear(loop->vault, index);
+	wire_end(wire, session->wire, is_client_reset, is_backend_reset);
+	loop->public.on_wire--;
+	free_session(loop, index);
+}
+
+static bool is_over(const struct loop *loop, const struct session *session)
+{
+	struct wire_session found;
+
+	return wire_find(loop->settings.wire, session->wire, &found) == WIRE_ENDED;
+}
+
+/* `keeper` is the socket that keeps its ports. */
+static void settle_on_wire(struct loop *loop, uint32_t index, int keeper)
+{
+	struct session *session = &loop->sessions[index];
+
+	append(loop, &loop->on_wire, index);
+	session->state = ON_WIRE;
+	session->active_ns = loop->now_ns;
+	loop->public.on_wire++;
+	if (!session->is_counted) {
+		session->is_counted = 1;
+		loop->public.wired++;
+	}
+	if (keeper == NO_KEEPER)
+		return;
+	if (keeper < 0)
+		end_wired(loop, index, SGW_LOST, true, true);
+	else if (wire_vault_put(loop->vault, index, keeper))
+		close(keeper);
+	else
+		session->fds[BACKEND] = keeper;
+}
+
+static void on_wire_end(struct loop *loop, uint32_t index);
+
+/* The program translates the session's packets: take the two sockets out of the game. */
+static void on_switch(struct loop *loop, uint32_t index)
+{
+	struct session *session = &loop->sessions[index];
+	uint32_t way;
+	int keeper;
+
+	if (session->gathering)
+		drop_gathering(loop, session);
+	read_stats(loop, session, session->stats);
+	keeper = wire_leave(loop->settings.wire, session->wire, session->fds);
+	/* What epoll has told of them is of no matter any more. */
+	session->generation++;
+	session->fds[CLIENT] = session->fds[BACKEND] = -1;
+	take_out(loop, &loop->connected, index);
+	loop->public.armed--;
+	for (way = 0; way < 2; way++)
+		wire_slot(loop->settings.wire, session->wire, way)->copied = session->bytes[way];
+	/* It may be over already, and what came since then to our sockets is of no matter;
+	 * on two CPUs that may even be told before this.
+	 */
+	if (is_over(loop, session)) {
+		if (keeper >= 0)
+			close(keeper);
+		settle_on_wire(loop, index, NO_KEEPER);
+		on_wire_end(loop, index);
+	} else {
+		settle_on_wire(loop, index, keeper);
+	}
+}
+
+static void on_wire_end(struct loop *loop, uint32_t index)
+{
+	struct sgw_wire *wire = loop->settings.wire;
+	uint32_t id = loop->sessions[index].wire;
+	const struct wire_slot *from_client = wire_slot(wire, id, SOCK_SLOT_TO_BACKEND);
+	const struct wire_slot *from_backend = wire_slot(wire, id, SOCK_SLOT_TO_CLIENT);
+
+	/* A reset has been passed on, but if bytes before it were lost on their way its
+	 * receiver did not take it: it is told again, at the number that it expects.
+	 */
+	if (from_client->has_reset || from_client->is_reused)
+		end_wired(loop, index, SGW_CLIENT_RESET, false, true);
+	else if (from_backend->has_reset || from_backend->is_reused)
+		end_wired(loop, index, SGW_BACKEND_RESET, true, false);
+	else
+		end_wired(loop, index, SGW_EOF, false, false);
+}
+
+static int take_wire_event(void *context, void *data, size_t size)
+{
+	const struct wire_event *event = data;
+	struct loop *loop = context;
+	struct sgw_wire *wire = loop->settings.wire;
+	uint32_t index = loop->by_wire[event->session - wire_first(wire)];
+	struct session *session = &loop->sessions[index];
+
+	(void)size;
+	/* Not of an earlier session in that place. */
+	if (session->wire != event->session ||
+	    wire_slot(wire, event->session, 0)->generation != event->generation)
+		return 0;
+	if (event->happening == WIRE_HAS_SWITCHED && session->state == CONNECTED)
+		on_switch(loop, index);
+	else if (event->happening == WIRE_HAS_ENDED && session->state == ON_WIRE)
+		on_wire_end(loop, index);
+	else if (event->happening == WIRE_IS_UNFIT && keeps_sockets(loop, session, false))
+		loop->public.unfit[event->unfit]++;
+	/* An error ends the walk behind this record; the rest stays, and is told again. */
+	return loop->public.ended_count < WIRE_RECORDS ? 0 : -ENOSPC;
+}
+
+static void take_wire_events(struct loop *loop)
+{
+	if (loop->wire_ring && loop->public.ended_count < WIRE_RECORDS)
+		ring_buffer__consume(loop->wire_ring);
 }
 
 static void give_up_dials(struct loop *loop)
@@ -527,6 +1149,7 @@ static void give_up_dials(struct loop *loop)
 /* How long epoll may sleep, in ms: until `until_ns`, or a dial has taken too long. */
 static int pause_ms(const struct loop *loop, uint64_t until_ns)
 {
+	const struct gathering *gathering;
 	uint64_t left_ms;
 
 	if (loop->dialling.first != NONE) {
@@ -536,12 +1159,66 @@ static int pause_ms(const struct loop *loop, uint64_t until_ns)
 		if (give_up_ns < until_ns)
 			until_ns = give_up_ns;
 	}
+	for (gathering = loop->gathering; gathering; gathering = gathering->next)
+		if (gathering->look_at_ns < until_ns)
+			until_ns = gathering->look_at_ns;
 	if (until_ns == UINT64_MAX)
 		return -1;
 	if (until_ns <= loop->now_ns)
 		return 0;
 	left_ms = (until_ns - loop->now_ns + 999999) / 1000000;
 	return left_ms < INT32_MAX ? (int)left_ms : INT32_MAX;
+}
+
+int sgw_loop_adopt(struct sgw_loop *public, uint32_t id, uint32_t workers)
+{
+	struct loop *loop = (struct loop *)public;
+	struct sgw_wire *wire = loop->settings.wire;
+	struct wire_session found;
+	enum wire_state state = wire_find(wire, id, &found);
+	struct session *session;
+	uint32_t index, way, generation;
+
+	if (state == WIRE_FREE || found.worker % workers != loop->settings.worker ||
+	    public->ended_count == RECORDS)
+		return 0;
+	if (state != WIRE_SWITCHED && state != WIRE_ENDED) {
+		wire_free(wire, id);
+		return 0;
+	}
+	loop->now_ns = clock_ns();
+	index = take_session(loop);
+	session = &loop->sessions[index];
+	generation = session->generation;
+	memset(session, 0, sizeof(*session));
+	session->generation = generation;
+	session->fds[CLIENT] = session->fds[BACKEND] = -1;
+	session->wire = id;
+	session->is_adopted = 1;
+	session->started_ns = wire_slot(wire, id, 0)->started_ns;
+	for (way = 0; way < 2; way++)
+		session->bytes[way] = wire_slot(wire, id, way)->copied;
+	take_address(&found.flows[SOCK_SLOT_TO_BACKEND], &session->address);
+	loop->by_wire[id - wire_first(wire)] = index;
+	loop->public.open++;
+	/* One that has ended needs its ports no more; another may have them. */
+	settle_on_wire(loop, index, state == WIRE_SWITCHED ? wire_keep(wire, id) : NO_KEEPER);
+	/* It may have ended meanwhile, and told nobody who listens. */
+	if (session->state == ON_WIRE && is_over(loop, session))
+		on_wire_end(loop, index);
+	return 1;
+}
+
+static bool watch_wire(struct loop *loop)
+{
+	struct sgw_loop_settings *settings = &loop->settings;
+	struct epoll_event event = { .events = EPOLLIN, .data.u64 = WIRE_RING };
+
+	loop->by_wire = calloc(wire_sessions(settings->wire), sizeof(*loop->by_wire));
+	loop->wire_ring = ring_buffer__new(settings->wire_ring, take_wire_event, loop, NULL);
+	loop->vault = wire_vault_open(settings->sessions);
+	return loop->by_wire && loop->wire_ring &&
+	       !epoll_ctl(loop->epoll, EPOLL_CTL_ADD, settings->wire_ring, &event);
 }
 
 struct sgw_loop *sgw_loop_open(const struct sgw_loop_settings *settings)
@@ -556,11 +1233,12 @@ struct sgw_loop *sgw_loop_open(const struct sgw_loop_settings *settings)
 	loop->public.ended = loop->ended;
 	loop->free = NONE;
 	loop->listener = -1;
-	loop->dialling = loop->connected = (struct list){ NONE, NONE };
+	loop->dialling = loop->connected = loop->on_wire = (struct list){ NONE, NONE };
+	loop->vault = -1;
 	/* Zeroed pages: what is never used takes no memory. */
 	loop->sessions = calloc(settings->sessions, sizeof(*loop->sessions));
 	loop->epoll = epoll_create1(EPOLL_CLOEXEC);
-	if (!loop->sessions || loop->epoll < 0) {
+	if (!loop->sessions || loop->epoll < 0 || (settings->wire && !watch_wire(loop))) {
 		sgw_loop_free(&loop->public);
 		return NULL;
 	}
@@ -581,6 +1259,11 @@ void sgw_loop_free(struct sgw_loop *public)
 	struct loop *loop = (struct loop *)public;
 
 	sgw_loop_close(public);
+	if (loop->wire_ring)
+		ring_buffer__free(loop->wire_ring);
+	if (loop->vault >= 0)
+		close(loop->vault);
+	free(loop->by_wire);
 	free(loop->targets);
 	free(loop->sessions);
 	free(loop);
@@ -684,10 +1367,13 @@ int sgw_loop_wait(struct sgw_loop *public, int64_t timeout_ns)
 		 * 3.4 s to be accepted.
 		 */
 		is_listener_due = count == EVENTS;
+		take_wire_events(loop);
 		for (i = 0; i < count; i++) {
 			uint64_t data = events[i].data.u64;
 			uint32_t index = (uint32_t)data >> 1;
 
+			if (data == WIRE_RING)
+				continue;
 			if (!(data & OWN)) {
 				is_listener_due &= (int)data != loop->listener;
 				loop->events[told].fd = (int)data;
@@ -698,6 +1384,7 @@ int sgw_loop_wait(struct sgw_loop *public, int64_t timeout_ns)
 				on_event(loop, index, data & 1, events[i].events);
 			}
 		}
+		look_at_gatherings(loop);
 		give_up_dials(loop);
 		if (is_listener_due && told < EVENTS && is_readable(loop->listener)) {
 			loop->events[told].fd = loop->listener;
@@ -731,9 +1418,10 @@ static int release_of(struct loop *loop, const struct list *list, enum sgw_reaso
 		if (loop->now_ns - session->active_ns >=
 			    (is_stream ? STREAM_PAUSE * silent_ns : silent_ns) ||
 		    (loop->now_ns - session->started_ns >= age_ns && !is_stream)) {
-			if (reason == SGW_HANDOVER && !may_hand_over(loop))
-				break;
-			release(loop, index, reason);
+			if (reason != SGW_HANDOVER)
+				release(loop, index, reason);
+			else if (session->wire == NONE)
+				hand_over(loop, index, CLIENT);
 		}
 	}
 	return loop->public.released_count - before;
@@ -754,6 +1442,36 @@ int sgw_loop_release_silent(struct sgw_loop *public, uint64_t silent_ns)
 
 	loop->now_ns = clock_ns();
 	return release_of(loop, &loop->connected, SGW_ASKED, silent_ns, UINT64_MAX);
+}
+
+int sgw_loop_reset_wired(struct sgw_loop *public, uint64_t silent_ns)
+{
+	struct loop *loop = (struct loop *)public;
+	int before = public->ended_count;
+	uint32_t index, next;
+
+	loop->now_ns = clock_ns();
+	take_wire_events(loop);
+	for (index = loop->on_wire.first; index != NONE && public->ended_count < RECORDS;
+	     index = next) {
+		const struct session *session = &loop->sessions[index];
+		uint64_t seen_ns = session->active_ns;
+		uint32_t way;
+
+		next = session->next;
+		for (way = 0; way < 2; way++) {
+			uint64_t ns = wire_slot(loop->settings.wire, session->wire, way)->moved_ns;
+
+			if (ns > seen_ns)
+				seen_ns = ns;
+		}
+		/* A record that was lost must not keep the session. */
+		if (is_over(loop, session))
+			on_wire_end(loop, index);
+		else if (loop->now_ns >= seen_ns + silent_ns)
+			end_wired(loop, index, SGW_RESET_AS_ASKED, true, true);
+	}
+	return public->ended_count - before;
 }
 
 int sgw_loop_hand_over(struct sgw_loop *public, uint64_t silent_ns, uint64_t age_ns)

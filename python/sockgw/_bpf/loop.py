@@ -10,12 +10,13 @@ from typing import TYPE_CHECKING, Any, Final
 
 from sockgw._bpf._binding import ffi, lib
 from sockgw.datapath import Connection
-from sockgw.loop import WAYS, Ended, Handover, Reason, Released
+from sockgw.loop import WAYS, Ended, Finish, Handover, Reason, Released
 from sockgw.relay import RECEIVE_BYTES
 
 if TYPE_CHECKING:
     from sockgw.backend import Backends
     from sockgw.datapath import Datapath
+    from sockgw.wire import Wire
 
 _REASONS: Final = {
     lib.SGW_HANDOVER: Reason.HANDOVER,
@@ -30,7 +31,14 @@ _HANDOVERS: Final = {
     Handover.AT_ONCE: lib.SGW_AT_ONCE,
     Handover.AT_SECOND: lib.SGW_AT_SECOND,
 }
-_ENDED: Final = struct.Struct("=I4x3Q Q8x2I Q8x2I 72s")
+_FINISHES: Final = {
+    lib.SGW_EOF: Finish.EOF,
+    lib.SGW_CLIENT_RESET: Finish.CLIENT_RESET,
+    lib.SGW_BACKEND_RESET: Finish.BACKEND_RESET,
+    lib.SGW_RESET_AS_ASKED: Finish.ASKED,
+    lib.SGW_LOST: Finish.LOST,
+}
+_ENDED: Final = struct.Struct("=2I6Q Q8x2I Q8x2I 72s72s")
 assert _ENDED.size == ffi.sizeof("struct sgw_ended")  # noqa: S101 - cdef.h changed
 _NS: Final = 1_000_000_000
 
@@ -42,7 +50,9 @@ class CompiledLoop:
         self,
         backends: Backends,
         datapath: Datapath | None,
+        wire: Wire | None,
         *,
+        worker: int,
         sessions: int,
         connect_timeout_s: float,
         receive_option: int,
@@ -62,6 +72,10 @@ class CompiledLoop:
                 "stats_map": -1 if datapath is None else datapath.stats_fd,
                 "is_logging": is_logging,
                 "turns": self._turns,
+                "wire": ffi.NULL if wire is None else wire.handle,
+                "wire_ring": -1 if wire is None else wire.ring_fd(worker),
+                "worker": worker,
+                "is_splicing": datapath is not None or wire is None,
             },
         )
         loop = lib.sgw_loop_open(settings)
@@ -88,6 +102,26 @@ class CompiledLoop:
     def open(self) -> int:
         """Sessions that are with the loop now."""
         return self._loop.open  # type: ignore[no-any-return]
+
+    @property
+    def armed(self) -> int:
+        """Those of them that wait for the moment to switch to the wire."""
+        return self._loop.armed  # type: ignore[no-any-return]
+
+    @property
+    def on_wire(self) -> int:
+        """Those of them that go by wire."""
+        return self._loop.on_wire  # type: ignore[no-any-return]
+
+    @property
+    def wired(self) -> int:
+        """Sessions so far that went by wire."""
+        return self._loop.wired  # type: ignore[no-any-return]
+
+    @property
+    def unfit(self) -> list[int]:
+        """Sessions so far that could not, by `sockgw.wire.unfit_names`."""
+        return list(self._loop.unfit)
 
     @property
     def relayed(self) -> int:
@@ -130,6 +164,14 @@ class CompiledLoop:
     def release_silent(self, silent_s: float) -> int:
         """Release those that have been silent for so long, in the same way."""
         return lib.sgw_loop_release_silent(self._loop, _ns(silent_s))  # type: ignore[no-any-return]
+
+    def adopt(self, place: int, workers: int) -> int:
+        """Go on with a session that a dead gateway left there; return how many that are."""
+        return lib.sgw_loop_adopt(self._loop, place, workers)  # type: ignore[no-any-return]
+
+    def reset_wired(self, silent_s: float) -> int:
+        """Reset those on wire that are silent for so long; to be repeated until that is 0."""
+        return lib.sgw_loop_reset_wired(self._loop, _ns(silent_s))  # type: ignore[no-any-return]
 
     def hand_over(self, *, silent_s: float, age_s: float) -> int:
         """Release those that are silent, or have lasted, for so long: a faster path is worth it."""
@@ -218,14 +260,19 @@ def _released(record: Any) -> Released:  # noqa: ANN401 - struct sgw_released
         (record.bytes[0], record.bytes[1]),
         (record.is_ended[0], record.is_ended[1]),
         held,
+        WAYS[record.held_way],
     )
 
 
 def _ended(  # noqa: PLR0917 - in the order of the struct
     turn: int,
+    finish: int,
     age_ns: int,
     to_backend_bytes: int,
     to_client_bytes: int,
+    to_backend_wire_bytes: int,
+    to_client_wire_bytes: int,
+    is_wired: int,
     client_since_ns: int,
     client_us: int,
     client_retransmits: int,
@@ -233,6 +280,7 @@ def _ended(  # noqa: PLR0917 - in the order of the struct
     backend_us: int,
     backend_retransmits: int,
     name: bytes,
+    backend_name: bytes,
 ) -> Ended:
     return Ended(
         name.partition(b"\0")[0].decode(),
@@ -242,6 +290,10 @@ def _ended(  # noqa: PLR0917 - in the order of the struct
         to_client_bytes,
         Connection(client_us, client_retransmits) if client_since_ns else None,
         Connection(backend_us, backend_retransmits) if backend_since_ns else None,
+        _FINISHES[finish],
+        (to_backend_wire_bytes, to_client_wire_bytes),
+        bool(is_wired),
+        backend_name.partition(b"\0")[0].decode(),
     )
 
 

@@ -272,9 +272,9 @@ static int take_record(void *context, void *data, size_t size)
 	return ring->count == ring->max ? -ENOSPC : 0;
 }
 
-int sgw_ring_create(uint32_t bytes)
+int sgw_ring_create(const char *name, uint32_t bytes)
 {
-	return bpf_map_create(BPF_MAP_TYPE_RINGBUF, "spill_ring", 0, 0, bytes, NULL);
+	return bpf_map_create(BPF_MAP_TYPE_RINGBUF, name, 0, 0, bytes, NULL);
 }
 
 struct sgw_ring *sgw_ring_open(int map)
