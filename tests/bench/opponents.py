@@ -37,7 +37,7 @@ from .workloads import CONFIGS, HOST, fill, nginx
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-SOCKGW_PATHS: Final = ("off", "splice")
+SOCKGW_PATHS: Final = ("off", "splice", "wire")
 """The values of --accel that are measured. A new path is added here."""
 
 _SPARE_FDS: Final = 200  # listeners, epolls, logs, libraries

@@ -1,7 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """What sockgw must reach: which figure of which workload, and against whom.
 
-That is the best of the others, or, for the idle sessions, sockgw without them.
+That is the best of the others; for the idle sessions, sockgw without them; for
+wire, also no proxy at all.
 """
 
 from __future__ import annotations
@@ -47,9 +48,15 @@ class Target:
     bound: float
     baseline: str | None = None
     """The workload under which the same path is the measure, instead of the best contender."""
+    opponent: str | None = None
+    """The one who is the measure, instead of the best contender."""
 
     def found(self, results: Results) -> tuple[Spread | None, str]:
         """Return the ratio, and to which opponent it is."""
+        if self.opponent is not None:
+            ours = _values(results, self.workload, f"sockgw-{self.accel}", self.figure)
+            theirs = _values(results, self.workload, self.opponent, self.figure)
+            return (ratio(ours, theirs) if ours else None), self.opponent
         if self.baseline is None:
             return against_best(results, self.workload, self.figure, self.accel)
         name = f"sockgw-{self.accel}"
@@ -85,6 +92,21 @@ def targets() -> Iterator[Target]:
         yield Target(workload, THROUGHPUT, "off", least)
     yield Target(IDLE, THROUGHPUT, "splice", 0.95, WITHOUT_IDLE)
     yield Target(IDLE, THROUGHPUT, "off", 0.95, WITHOUT_IDLE)
+    yield from _wire_targets()
+
+
+def _wire_targets() -> Iterator[Target]:
+    nobody, splice = OPPONENTS[0].name, "sockgw-splice"
+    for workload in ("keepalive-1", "keepalive-100", "keepalive-1000", "keepalive-10000"):
+        yield Target(workload, THROUGHPUT, "wire", 0.9, opponent=nobody)
+        yield Target(workload, P99, "wire", 1.15, opponent=nobody)
+        yield Target(workload, THROUGHPUT, "wire", 1.8)
+        yield Target(workload, P99, "wire", 0.6)
+        yield Target(workload, MACHINE_CPU, "wire", 0.5)
+    for workload in ("bulk-1", "bulk-1-back"):
+        yield Target(workload, THROUGHPUT, "wire", 0.95, opponent=nobody)
+        yield Target(workload, THROUGHPUT, "wire", 2.5)
+    yield Target("new-connections", THROUGHPUT, "wire", 1.0, opponent=splice)
 
 
 def best(results: Results, workload: str, figure: Figure) -> str | None:

@@ -104,8 +104,8 @@ def _visit(address: str) -> None:
         _say({"count": count, "seconds": time.monotonic() - begun})
 
 
-def _serve() -> None:
-    with EchoServer() as server:
+def _serve(host: str) -> None:
+    with EchoServer(host) as server:
         _say({"address": server.address})
         for _ in sys.stdin:
             _say({"open": server.open, "accepted": server.accepted})
@@ -161,9 +161,9 @@ class Helper:
 
 
 @contextlib.contextmanager
-def echo_process() -> Iterator[tuple[str, Helper]]:
-    """Run an echoing backend; yield its address and its process."""
-    helper = Helper("serve")
+def echo_process(host: str = "127.0.0.1") -> Iterator[tuple[str, Helper]]:
+    """Run an echoing backend on `host`; yield its address and its process."""
+    helper = Helper("serve", host)
     try:
         yield helper.answer()["address"], helper
     finally:
@@ -184,7 +184,7 @@ def main() -> None:
     """Be the backend, or the clients."""
     raise_open_files_limit()
     if sys.argv[1] == "serve":
-        _serve()
+        _serve(sys.argv[2])
     else:
         _visit(sys.argv[2])
 

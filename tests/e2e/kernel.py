@@ -87,7 +87,7 @@ class Processes(Process):
         """Return the process itself, then its children."""
         # A gateway forks from its main thread.
         children = (self._proc / "task" / str(self.pid) / "children").read_text().split()
-        return [self.pid, *map(int, children)]
+        return [self.pid, *(pid for pid in map(int, children) if not _is_guard(pid))]
 
     def _each(self) -> list[Process]:
         return [Process(pid) for pid in self.pids()]
@@ -112,6 +112,14 @@ class Processes(Process):
         """Return the ids of the BPF objects that any of them holds fds of."""
         held = [process.bpf_ids() for process in self._each()]
         return {kind: set().union(*(ids[kind] for ids in held)) for kind in held[0]}
+
+
+def _is_guard(pid: int) -> bool:
+    """Whether this is the process that only waits for the gateway's death."""
+    try:
+        return (Path("/proc") / str(pid) / "comm").read_text() == "sockgw-guard\n"
+    except FileNotFoundError:
+        return False
 
 
 def bpftool(*args: str | int | Path) -> Any:

@@ -1,18 +1,31 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Network namespaces: client, gateway and backend as three machines with links between them."""
+"""Network namespaces: client, gateway and backend as three machines with links between them.
+
+A `Place` is where a test's client, gateway and backend are: on those machines,
+or all three on this one; and whether they speak IPv4 or IPv6.
+"""
 
 from __future__ import annotations
 
 import contextlib
 import ctypes
+import json
 import os
+import re
+import signal
 import subprocess
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, TypeVar
 
+from .peers import Backend, connect, join_address
+from .programs import require
 from .traffic import Task
+from .waits import eventually
 
 if TYPE_CHECKING:
+    import socket
     from collections.abc import Callable, Iterator
     from typing import Any
 
@@ -34,6 +47,8 @@ class NetworkNamespace:
         self.name = f"sockgw-{role}-{os.getpid()}"
         _ip("netns", "add", self.name)
         self.ip("link", "set", "lo", "up")
+        # IPv6 addresses are of use at once: nobody else can have them.
+        self.sysctl("net.ipv6.conf.default.accept_dad", 0)
         # `ip netns exec` would hide /sys/fs/cgroup; this changes the network only.
         self.prefix = ("nsenter", f"--net=/run/netns/{self.name}")
 
@@ -44,6 +59,76 @@ class NetworkNamespace:
     def tc(self, *words: str) -> None:
         """Run `tc` in it."""
         subprocess.run(["tc", "-n", self.name, *words], check=True, timeout=20, capture_output=True)
+
+    def call(self, *command: str, text: str = "") -> str:
+        """Run a program in it, with `text` to read; return what it prints."""
+        done = subprocess.run(
+            [*self.prefix, *command],
+            input=text,
+            capture_output=True,
+            text=True,
+            timeout=20,
+            check=False,
+        )
+        assert done.returncode == 0, f"{command}: {done.stderr}"
+        return done.stdout
+
+    def sysctl(self, name: str, value: object) -> None:
+        """Set a variable under net., its own."""
+        self.run((Path("/proc/sys") / name.replace(".", "/")).write_text, str(value))
+
+    @contextlib.contextmanager
+    def changed(self, name: str, value: object) -> Iterator[None]:
+        """Give a variable under net. another value for the body."""
+        before = self.run((Path("/proc/sys") / name.replace(".", "/")).read_text)
+        self.sysctl(name, value)
+        try:
+            yield
+        finally:
+            self.sysctl(name, before)
+
+    @contextlib.contextmanager
+    def filtered(self, family: str, rules: str) -> Iterator[None]:
+        """Have a table of nftables rules for the body."""
+        nft = require("nft")
+        self.call(nft, "-f", "-", text=f"table {family} e2e {{ {rules} }}")
+        try:
+            yield
+        finally:
+            self.call(nft, "delete", "table", family, "e2e")
+
+    def nft_counter(self, name: str) -> int:
+        """Return how many packets the nftables counter `name` has counted."""
+        answer = json.loads(self.call(require("nft"), "-j", "list", "counters"))
+        return sum(
+            found["counter"]["packets"]
+            for found in answer["nftables"]
+            if found.get("counter", {}).get("name") == name
+        )
+
+    @contextlib.contextmanager
+    def without_offloads(self, *devices: str) -> Iterator[None]:
+        """Let its kernel compute every checksum and cut every segment itself, for the body."""
+        for device in devices:
+            self._set_offloads(device, "off")
+        try:
+            yield
+        finally:
+            for device in devices:
+                self._set_offloads(device, "on")
+
+    @contextlib.contextmanager
+    def one_by_one(self, device: str) -> Iterator[None]:
+        """Let its TCP hand down segments one at a time, not in batches, for the body."""
+        self.ip("link", "set", device, "gso_max_segs", "1")
+        try:
+            yield
+        finally:
+            self.ip("link", "set", device, "gso_max_segs", "65535")
+
+    def _set_offloads(self, device: str, value: str) -> None:
+        settings = [word for name in ("tso", "gso", "gro", "tx", "rx") for word in (name, value)]
+        self.call(require("ethtool"), "-K", device, *settings)
 
     def enter(self) -> None:
         """Move the calling thread into it, for good: sockets it makes belong there."""
@@ -68,42 +153,202 @@ class NetworkNamespace:
         _ip("netns", "delete", self.name)
 
 
-def _connect(
-    one: NetworkNamespace, one_address: str, other: NetworkNamespace, other_address: str
-) -> None:
-    """Link two namespaces: Ethernet's MTU, 400 Mbit/s, a queue so short that packets are lost."""
-    one.ip("link", "add", "to-" + other.name[7:10], "type", "veth", "peer", "name", "peer")
-    one.ip("link", "set", "peer", "netns", other.name, "name", "to-" + one.name[7:10])
-    ends = ((one, one_address, other), (other, other_address, one))
-    for end, address, opposite in ends:
-        device = "to-" + opposite.name[7:10]
-        end.ip("address", "add", address, "dev", device)
-        end.ip("link", "set", device, "mtu", "1500", "up")
-        end.tc(
-            *("qdisc", "add", "dev", device, "root", "tbf"),
-            *("rate", "400mbit", "burst", "64k", "limit", "100k"),
-        )
+_MTU, _JUMBO_MTU = 1500, 9000
+
+
+@dataclass(frozen=True)
+class _End:
+    machine: NetworkNamespace
+    addresses: tuple[str, ...]
+
+    @property
+    def device_towards(self) -> str:
+        """Return what the other end's device is called."""
+        return "to-" + self.machine.name[7:10]
+
+
+def _connect(one: _End, other: _End, *, is_slow: bool) -> None:
+    """Link two namespaces; slowly: 400 Mbit/s and so short a queue that packets are lost."""
+    one.machine.ip("link", "add", other.device_towards, "type", "veth", "peer", "name", "peer")
+    one.machine.ip("link", "set", "peer", "netns", other.machine.name, "name", one.device_towards)
+    for end, opposite in ((one, other), (other, one)):
+        device = opposite.device_towards
+        for address in end.addresses:
+            end.machine.ip("address", "add", address, "dev", device)
+        end.machine.ip("link", "set", device, "mtu", str(_MTU), "up")
+        if is_slow:
+            end.machine.tc(
+                *("qdisc", "add", "dev", device, "root", "tbf"),
+                *("rate", "400mbit", "burst", "64k", "limit", "100k"),
+            )
 
 
 class Network:
     """client -- gateway -- backend, each in its own namespace."""
 
     GATEWAY_SEEN_BY_CLIENT = "10.77.1.1"
+    GATEWAY_SEEN_BY_CLIENT_6 = "fd77:1::1"
     BACKEND = "10.77.2.2"
+    BACKEND_6 = "fd77:2::2"
+    # What each calls its device: the gateway has one towards each of the others.
+    TOWARDS_CLIENT = "to-cli"
+    TOWARDS_GATEWAY = "to-gwy"
+    TOWARDS_BACKEND = "to-bck"
 
-    def __init__(self, undo: contextlib.ExitStack) -> None:
+    def __init__(self, undo: contextlib.ExitStack, *, is_slow: bool) -> None:
         """Create it; `undo` takes it away again."""
         made = []
         for role in ("cli", "gwy", "bck"):
             made.append(NetworkNamespace(role))
             undo.callback(made[-1].close)
         self.client, self.gateway, self.backend = made
-        _connect(self.client, "10.77.1.2/24", self.gateway, self.GATEWAY_SEEN_BY_CLIENT + "/24")
-        _connect(self.gateway, "10.77.2.1/24", self.backend, self.BACKEND + "/24")
+        self._is_slow = is_slow
+        self.connect_client()
+        _connect(
+            _End(self.gateway, ("10.77.2.1/24", "fd77:2::1/64")),
+            _End(self.backend, (self.BACKEND + "/24", self.BACKEND_6 + "/64")),
+            is_slow=is_slow,
+        )
+
+    def connect_client(self) -> None:
+        """Link client and gateway: at the start, and again when a test has deleted the link."""
+        gateway = (self.GATEWAY_SEEN_BY_CLIENT + "/24", self.GATEWAY_SEEN_BY_CLIENT_6 + "/64")
+        _connect(
+            _End(self.client, ("10.77.1.2/24", "fd77:1::2/64")),
+            _End(self.gateway, gateway),
+            is_slow=self._is_slow,
+        )
+
+    @contextlib.contextmanager
+    def jumbo(self, machine: NetworkNamespace) -> Iterator[None]:
+        """Give the link between the gateway and `machine` a larger MTU for the body."""
+        device = self.TOWARDS_CLIENT if machine is self.client else self.TOWARDS_BACKEND
+        ends = ((self.gateway, device), (machine, self.TOWARDS_GATEWAY))
+        try:
+            for end, name in ends:
+                end.ip("link", "set", name, "mtu", str(_JUMBO_MTU))
+            yield
+        finally:
+            for end, name in ends:
+                end.ip("link", "set", name, "mtu", str(_MTU))
+
+    def ends(self) -> dict[NetworkNamespace, tuple[str, ...]]:
+        """Return the devices of each machine that are ends of links."""
+        return {
+            self.client: (self.TOWARDS_GATEWAY,),
+            self.gateway: (self.TOWARDS_CLIENT, self.TOWARDS_BACKEND),
+            self.backend: (self.TOWARDS_GATEWAY,),
+        }
 
 
 @contextlib.contextmanager
-def network() -> Iterator[Network]:
+def network(*, is_slow: bool = True) -> Iterator[Network]:
     """Create the three machines for a test."""
     with contextlib.ExitStack() as undo:
-        yield Network(undo)
+        yield Network(undo, is_slow=is_slow)
+
+
+@dataclass(frozen=True)
+class Site:
+    """What a place is to be like."""
+
+    name: str
+    is_far: bool  # on three machines, not on the loopback of this one
+    is_ipv6: bool
+
+
+class Place:
+    """Where client, gateway and backend are."""
+
+    def __init__(self, site: Site, machines: Network | None) -> None:
+        """Describe it; `machines` exist already."""
+        self._machines = machines
+        self.is_ipv6 = site.is_ipv6
+        if machines is None:
+            self._gateway_host = self._backend_host = "::1" if site.is_ipv6 else "127.0.0.1"
+        elif site.is_ipv6:
+            self._gateway_host = machines.GATEWAY_SEEN_BY_CLIENT_6
+            self._backend_host = machines.BACKEND_6
+        else:
+            self._gateway_host = machines.GATEWAY_SEEN_BY_CLIENT
+            self._backend_host = machines.BACKEND
+        self.listen = join_address(self._gateway_host, 0)
+
+    @property
+    def is_far(self) -> bool:
+        """Return whether there are links between the three."""
+        return self._machines is not None
+
+    @property
+    def machines(self) -> Network:
+        """Return the three machines; only where there are."""
+        assert self._machines is not None
+        return self._machines
+
+    @property
+    def netns(self) -> NetworkNamespace | None:
+        """Return the namespace that the gateway belongs into; None for this one."""
+        return self._machines.gateway if self._machines else None
+
+    def at_client(self, function: Callable[..., T], *args: Any) -> T:
+        """Return `function(*args)`, called where the client is."""
+        return self._machines.client.run(function, *args) if self._machines else function(*args)
+
+    def at_gateway(self, function: Callable[..., T], *args: Any) -> T:
+        """Return `function(*args)`, called where the gateway is."""
+        return self._machines.gateway.run(function, *args) if self._machines else function(*args)
+
+    def at_backend(self, function: Callable[..., T], *args: Any) -> T:
+        """Return `function(*args)`, called where the backend is."""
+        return self._machines.backend.run(function, *args) if self._machines else function(*args)
+
+    def backend(self, **options: Any) -> Backend:
+        """Listen where the backend is."""
+        return self.at_backend(partial(Backend, self._backend_host, **options))
+
+    def connect(self, address: str, **options: Any) -> socket.socket:
+        """Connect to `address` from where the client is."""
+        return self.at_client(partial(connect, address, **options))
+
+
+@contextlib.contextmanager
+def place_at(site: Site) -> Iterator[Place]:
+    """Create a place for a test."""
+    if site.is_far:
+        with network(is_slow=False) as machines:
+            yield Place(site, machines)
+    else:
+        yield Place(site, None)
+
+
+@contextlib.contextmanager
+def captured(machine: NetworkNamespace, device: str, file: Path) -> Iterator[None]:
+    """Write the TCP packets that pass a device during the body to `file`, all of them."""
+    command = ["dumpcap", "-q", "-i", device, "-f", "tcp", "-B", "64", "-w", str(file)]
+    require("tshark")
+    log = file.with_suffix(".log")
+    with log.open("wb") as output:
+        process = subprocess.Popen(
+            [*machine.prefix, *command],
+            stdin=subprocess.DEVNULL,
+            stdout=output,
+            stderr=subprocess.STDOUT,
+        )
+    try:
+
+        def is_open() -> bool:
+            assert process.poll() is None, log.read_text()
+            return "File: " in log.read_text()
+
+        eventually("an open capture", is_open)
+        yield
+        process.send_signal(signal.SIGINT)
+        process.wait(20)
+    finally:
+        if process.poll() is None:
+            process.kill()
+            process.wait()
+    # What dumpcap says at its end.
+    counted = re.search(r"received/dropped on interface \S+ (\d+)/(\d+)", log.read_text())
+    assert counted is not None, log.read_text()
+    assert int(counted[2]) == 0, f"packets missing from the capture: {counted[0]}"

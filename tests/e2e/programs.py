@@ -33,6 +33,9 @@ _PACKAGES = {
     "initdb": "postgresql",
     "strace": "strace",
     "ss": "iproute2",
+    "nft": "nftables",
+    "ethtool": "ethtool",
+    "tshark": "tshark",
 }
 _INSTALL_S = 300
 _START_S = 30.0

@@ -61,6 +61,9 @@ def test_random_transfers(gateway: StartGateway, path: PathUnderTest, backend: B
     if path.in_kernel:
         spliced = metrics.value("gateway_bytes_total", path=path.label)
         assert spliced > (to_backend + to_client) / 10, "hardly a byte stayed in the kernel"
+    elif path.label == "wire":
+        wired = metrics.value("gateway_bytes_total", path="wire")
+        assert wired > (to_backend + to_client) / 10, "hardly a byte went by wire"
     else:
         assert metrics.value("gateway_bytes_total", path="relay") == to_backend + to_client
         assert metrics.value("gateway_ebpf_redirects_total") == 0

@@ -11,6 +11,8 @@ import pytest
 from sockgw._bpf import features
 from sockgw.session import Path, Way
 
+from .leftovers import held
+
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
@@ -27,6 +29,22 @@ def _splice_works() -> None:
     obstacle = features.first_obstacle(Path.SPLICE.value, features.all(None))
     if obstacle is not None:
         pytest.skip(str(obstacle))
+
+
+@pytest.fixture(scope="session")
+def _wire_works() -> None:
+    """Skip where this host has no wire path, for the reason that `sockgw check` gives."""
+    obstacle = features.first_obstacle("wire", features.all(None))
+    if obstacle is not None:
+        pytest.skip(str(obstacle))
+
+
+@pytest.fixture
+def nothing_left() -> Iterator[None]:
+    """Fail if the test leaves a descriptor or a BPF object behind."""
+    before = held()
+    yield
+    assert held() == before
 
 
 @pytest.fixture(scope="session")

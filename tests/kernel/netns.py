@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Two hosts and a router between them, as network namespaces that nobody has to clean up.
+"""Network namespaces that nobody has to clean up: two hosts and a router, or a host alone.
 
 They have no name: the kernel takes them apart when the last socket in them
 and the last descriptor of them is closed, however the test ends.
@@ -116,16 +116,33 @@ class Network:
         return dialled, accepted
 
 
+@contextlib.contextmanager
+def alone() -> Iterator[None]:
+    """Move this thread into a new namespace that has a loopback, and nothing else."""
+    home = os.open(_OWN, os.O_RDONLY)
+    try:
+        _enter_new()
+        subprocess.run(["ip", "link", "set", "lo", "up"], check=True, timeout=DEADLINE_S)
+        yield
+    finally:
+        _enter(home)
+        os.close(home)
+
+
 def _new_namespace() -> int:
     """Return a descriptor of a new, empty network namespace."""
     home = os.open(_OWN, os.O_RDONLY)
     try:
-        if _LIBC.unshare(_CLONE_NEWNET):
-            raise OSError(ctypes.get_errno(), "unshare")
+        _enter_new()
         return os.open(_OWN, os.O_RDONLY)
     finally:
         _enter(home)
         os.close(home)
+
+
+def _enter_new() -> None:
+    if _LIBC.unshare(_CLONE_NEWNET):
+        raise OSError(ctypes.get_errno(), "unshare")
 
 
 def _enter(namespace: int) -> None:

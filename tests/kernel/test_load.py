@@ -18,11 +18,13 @@ from sockgw.datapath import Datapath
 from sockgw.errors import DatapathError, VerifierError
 from sockgw.session import Way
 
+from .leftovers import held
 from .pairing import Pairing
 
 if TYPE_CHECKING:
     import socket
-    from collections.abc import Iterator
+
+pytestmark = pytest.mark.usefixtures("_splice_works")
 
 BPF = Path(__file__).parents[2] / "bpf"
 BAD_PROGRAM = """
@@ -44,27 +46,6 @@ int unchecked(struct __sk_buff *skb)
 	return *word;
 }
 """
-
-
-def held() -> tuple[set[str], set[str]]:
-    """Return this process's descriptors, and the BPF objects among them."""
-    fds, objects = set(), set()
-    for entry in Path("/proc/self/fd").iterdir():
-        try:
-            fds.add(f"{entry.name} {entry.readlink()}")
-            info = Path("/proc/self/fdinfo", entry.name).read_text()
-        except FileNotFoundError:  # the one that lists them
-            continue
-        objects |= set(re.findall(r"^(?:prog|map|link)_id:\s*\d+$", info, re.MULTILINE))
-    return {fd for fd in fds if "/proc/" not in fd}, objects
-
-
-@pytest.fixture
-def nothing_left(_splice_works: None) -> Iterator[None]:
-    """Fail if the test leaves a descriptor or a BPF object behind."""
-    before = held()
-    yield
-    assert held() == before
 
 
 @pytest.fixture

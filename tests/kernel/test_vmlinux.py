@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""bpf/vmlinux.h against the kernel that runs these tests, and against its one user.
+"""bpf/vmlinux.h against the kernel that runs these tests, and against its users.
 
 The header is written by hand: a field that it declares wrongly would be read
 wrongly, and one that nobody reads would only make it longer.
@@ -23,7 +23,10 @@ from sockgw._bpf import features
 
 BPF = Path(__file__).parents[2] / "bpf"
 HEADER = BPF / "vmlinux.h"
-SOURCE = BPF / "sockmap.bpf.c"
+SOURCES = (BPF / "sockmap.bpf.c", BPF / "wire.bpf.c")
+
+# Constants that are no enumerators, and so not in BTF, are here.
+MACRO_HEADERS = ("linux/pkt_cls.h",)
 
 # What pycparser says of a type and what BTF says of it, brought to one form:
 # ("int", size, is_signed), ("pointer", to), ("array", length, of), ("struct", name).
@@ -46,6 +49,15 @@ def declarations() -> list[c_ast.Node]:
     return list(CParser().parse(re.sub(r"^#(?!pragma).*", "", text, flags=re.MULTILINE)).ext)
 
 
+def declared_value(node: c_ast.Node) -> int:
+    match node:
+        case c_ast.UnaryOp(op="-", expr=expression):
+            return -declared_value(expression)
+        case c_ast.Constant(value=value):
+            return int(value, 0)
+    raise NotImplementedError(node)
+
+
 DECLARATIONS = declarations()
 TYPEDEFS = {node.name: node.type for node in DECLARATIONS if isinstance(node, c_ast.Typedef)}
 RECORDS = {
@@ -54,28 +66,40 @@ RECORDS = {
     if isinstance(node, c_ast.Decl) and isinstance(node.type, c_ast.Struct)
 }
 ENUMERATORS = {
-    item.name: (node.type.name, int(item.value.value, 0))
+    item.name: (node.type.name, declared_value(item.value))
     for node in DECLARATIONS
     if isinstance(node, c_ast.Decl) and isinstance(node.type, c_ast.Enum)
     for item in node.type.values.enumerators
 }
 
 
+def is_nameless(node: c_ast.Node) -> bool:
+    """Tell whether a field is a record that has no name but the field's."""
+    return (
+        isinstance(node, c_ast.TypeDecl)
+        and isinstance(node.type, c_ast.Struct | c_ast.Union)
+        and node.type.name is None
+    )
+
+
 def declared_fields(record: c_ast.Node) -> dict[str, c_ast.Decl]:
-    """Return the fields of a record by name, those of anonymous members too."""
+    """Return the fields of a record by path, those of records without a name too."""
     fields = {}
     for field in record.decls or ():
         if field.name is None:
             fields |= declared_fields(field.type)
+        elif is_nameless(field.type):
+            inner = declared_fields(field.type.type)
+            fields |= {f"{field.name}.{path}": declared for path, declared in inner.items()}
         else:
             fields[field.name] = field
     return fields
 
 
 FIELDS = {
-    f"{name}.{field}": declaration
+    f"{name}.{path}": declaration
     for name, record in RECORDS.items()
-    for field, declaration in declared_fields(record).items()
+    for path, declaration in declared_fields(record).items()
 }
 
 
@@ -97,6 +121,11 @@ def declared_type(node: c_ast.Node) -> Type:
         case c_ast.Struct() | c_ast.Union() | c_ast.Enum():
             return (type(node).__name__.lower(), node.name)
     raise NotImplementedError(node)
+
+
+def declared_shape(field: c_ast.Decl) -> tuple[Type, int]:
+    """Return a field's type, and its size in bits if it is a bit field."""
+    return declared_type(field.type), int(field.bitsize.value) if field.bitsize else 0
 
 
 def identifiers(node: c_ast.Node) -> set[str]:
@@ -124,7 +153,7 @@ class Btf:
         self.by_id = {item["id"]: item for item in types}
         self.by_name = {(item["kind"], item["name"]): item for item in types}
         self.enumerators = {
-            value["name"]: (item["name"], value["val"])
+            value["name"]: (item["name"], signed(value["val"]))
             for item in types
             if item["kind"] in {"ENUM", "ENUM64"}
             for value in item.get("values", ())
@@ -152,14 +181,43 @@ class Btf:
                 return (kind.lower(), item["name"])
 
     def fields(self, record: dict[str, Any]) -> dict[str, dict[str, Any]]:
-        """Return the members of a record by name, those of anonymous members too."""
+        """Return the members of a record by path, those of records without a name too."""
         members = {}
         for member in record["members"]:
-            if member["name"] == "(anon)":
-                members |= self.fields(self.resolve(member["type_id"]))
+            item = self.resolve(member["type_id"])
+            is_record = item["kind"] in {"STRUCT", "UNION"} and item["name"] == "(anon)"
+            if is_record and member["name"] == "(anon)":
+                members |= self.fields(item)
+            elif is_record:
+                inner = self.fields(item)
+                members |= {f"{member['name']}.{path}": one for path, one in inner.items()}
             else:
                 members[member["name"]] = member
         return members
+
+    def shape(self, member: dict[str, Any]) -> tuple[Type, int]:
+        """Return a member's type, and its size in bits if it is a bit field."""
+        return self.type(member["type_id"]), member.get("bitfield_size", 0)
+
+
+def signed(value: int) -> int:
+    """Undo what bpftool does to a negative value: it writes 32 bits without a sign."""
+    return value - (1 << 32) if value >> 31 == 1 else value
+
+
+@cache
+def macros() -> dict[str, int]:
+    """Return the macros of the kernel's headers that are a number."""
+    includes = [word for header in MACRO_HEADERS for word in ("-include", header)]
+    done = subprocess.run(
+        ["cc", "-dM", "-E", *includes, "-xc", "/dev/null"],
+        check=True,
+        capture_output=True,
+        text=True,
+        timeout=60,
+    )
+    found = re.findall(r"^#define (\w+) \(?(-?\d+)\)?$", done.stdout, re.MULTILINE)
+    return {name: int(value) for name, value in found}
 
 
 @cache
@@ -178,15 +236,10 @@ def btf() -> Btf:
 @pytest.mark.parametrize("field", FIELDS)
 def test_a_declared_field_is_what_the_kernel_has(field: str, btf: Btf) -> None:
     """A field exists in the kernel's struct with the size and the sign declared."""
-    record, name = field.split(".")
+    record, _, path = field.partition(".")
     members = btf.fields(btf.by_name["STRUCT", record])
-    assert name in members
-    member, declared = members[name], FIELDS[field]
-    bits = int(declared.bitsize.value) if declared.bitsize else 0
-    assert (declared_type(declared.type), bits) == (
-        btf.type(member["type_id"]),
-        member.get("bitfield_size", 0),
-    )
+    assert path in members
+    assert declared_shape(FIELDS[field]) == btf.shape(members[path])
 
 
 @pytest.mark.parametrize("name", RECORDS)
@@ -199,7 +252,11 @@ def test_a_declared_struct_is_one_of_the_kernel(name: str, btf: Btf) -> None:
 def test_a_declared_constant_has_the_kernels_value(name: str, btf: Btf) -> None:
     """An enumerator has the kernel's value, in the enum of that name if it has one."""
     enum, value = ENUMERATORS[name]
-    assert btf.enumerators[name] == (enum or "(anon)", value)
+    if name in btf.enumerators:
+        assert btf.enumerators[name] == (enum or "(anon)", value)
+    else:
+        assert enum is None
+        assert macros()[name] == value
 
 
 @pytest.mark.parametrize("name", TYPEDEFS)
@@ -210,38 +267,62 @@ def test_a_declared_typedef_is_the_kernels(name: str, btf: Btf) -> None:
     assert declared_type(TYPEDEFS[name]) == btf.type(kernel["id"])
 
 
-# --- the one user
+# --- the users
 
 
-def test_records_are_relocated() -> None:
-    """Every struct with fields is declared where accesses to it are relocated (CO-RE)."""
-    is_relocated = False
+def relocated_records() -> set[str]:
+    """Return the structs that are declared where accesses to them are relocated (CO-RE)."""
+    names, is_relocated = set(), False
     for node in DECLARATIONS:
         if isinstance(node, c_ast.Pragma):
             is_relocated = "push" in node.string and "preserve_access_index" in node.string
-        elif isinstance(node, c_ast.Decl) and isinstance(node.type, c_ast.Struct):
-            assert is_relocated or not node.type.decls, node.type.name
+        elif isinstance(node, c_ast.Decl) and isinstance(node.type, c_ast.Struct) and is_relocated:
+            names.add(node.type.name)
+    return names
 
 
-def test_nothing_is_declared_that_the_program_does_not_touch() -> None:
-    """A struct, field or constant that sockmap.bpf.c does not name has no place here."""
-    source = without_comments(SOURCE.read_text())
+@pytest.mark.parametrize("name", [name for name, record in RECORDS.items() if record.decls])
+def test_a_record_is_relocated_or_whole(name: str, btf: Btf) -> None:
+    """A struct is relocated; or has every field of the kernel's, which must then be its ABI."""
+    if name in relocated_records():
+        return
+    declared = [
+        (path, declared_shape(field)) for path, field in declared_fields(RECORDS[name]).items()
+    ]
+    members = btf.fields(btf.by_name["STRUCT", name])
+    assert declared == [(path, btf.shape(member)) for path, member in members.items()]
+
+
+def test_nothing_is_declared_that_no_program_touches() -> None:
+    """A struct, field or constant that no program names has no place here."""
+    source = "".join(without_comments(path.read_text()) for path in SOURCES)
     words = set(re.findall(r"\w+", source))
     accessed = set(re.findall(r"(?:->|\.)\s*(\w+)", source))
+    words |= {name for field in FIELDS.values() for name in records_in(field.type)}
     assert {name for name in (*RECORDS, *ENUMERATORS) if name not in words} == set()
-    assert {field for field in FIELDS if field.split(".")[1] not in accessed} == set()
+    relocated = relocated_records()
+    fields = {field for field in FIELDS if field.partition(".")[0] in relocated}
+    assert {field for field in fields if field.rpartition(".")[2] not in accessed} == set()
+
+
+def records_in(node: c_ast.Node) -> set[str]:
+    """Return the structs that a declaration is made of."""
+    names = {node.name} if isinstance(node, c_ast.Struct) and node.name else set()
+    return names.union(*(records_in(child) for child in node))
 
 
 def test_no_typedef_is_declared_that_nobody_needs() -> None:
-    """A typedef serves the program, the header it shares or libbpf's declarations."""
-    rest = subprocess.run(
-        ["clang", "--target=bpf", "-E", "-P", "-DSOCKGW_VMLINUX_H", SOURCE],  # without the header
-        check=True,
-        capture_output=True,
-        text=True,
-        timeout=60,
-    )
-    needed = set(re.findall(r"\w+", rest.stdout))
+    """A typedef serves a program, the headers it shares or libbpf's declarations."""
+    needed: set[str] = set()
+    for source in SOURCES:
+        rest = subprocess.run(
+            ["clang", "--target=bpf", "-E", "-P", "-DSOCKGW_VMLINUX_H", source],  # not the header
+            check=True,
+            capture_output=True,
+            text=True,
+            timeout=60,
+        )
+        needed |= set(re.findall(r"\w+", rest.stdout))
     used = (*TYPEDEFS.values(), *(field.type for field in FIELDS.values()))
     needed |= {name for node in used for name in identifiers(node)}
     assert set(TYPEDEFS) - needed == set()

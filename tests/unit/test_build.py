@@ -82,7 +82,7 @@ def test_nothing_is_missing_where_nothing_is_to_be_built(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """What is up to date asks for no tool: it is used on machines that have none."""
-    for name in (build.OBJECT, build.BINDING):
+    for name in (*build.OBJECTS, build.BINDING):
         (tmp_path / name).touch()
     monkeypatch.setenv("CLANG", "no-such-clang")
     monkeypatch.setattr("sys.argv", ["build.py", "--missing", "--out", str(tmp_path)])
@@ -95,7 +95,7 @@ def test_relay_only_leaves_no_earlier_build_behind(
 ) -> None:
     """SOCKGW_BUILD_BPF=0 is relay only even where BPF was built before."""
     (tmp_path / build.BINDING).touch()
-    (tmp_path / build.OBJECT).touch()
+    (tmp_path / build.OBJECTS[0]).touch()
     monkeypatch.setenv("SOCKGW_BUILD_BPF", "0")
     monkeypatch.setattr("sys.argv", ["build.py", "--out", str(tmp_path)])
     assert build.main() == 0

@@ -17,7 +17,7 @@ from sockgw._bpf import features
 from sockgw._bpf.features import Feature, Verdict
 from sockgw.errors import ConfigError, DatapathError
 
-NAMES = ("binding", "kernel", "btf", "capabilities", "cgroup2")
+NAMES = ("binding", "kernel", "btf", "tcx", "capabilities", "raw_sockets", "cgroup2")
 
 
 @pytest.fixture
@@ -35,6 +35,7 @@ def host(monkeypatch):
 
     lack()
     monkeypatch.setattr(check, "prove_splice", lambda _cgroup: "")
+    monkeypatch.setattr(check, "prove_wire", lambda: None)
     return lack
 
 
@@ -125,11 +126,30 @@ def test_a_proof_that_fails_outweighs_the_probes(host, prove, error, told, capsy
     assert told in lines(capsys)["splice"]
 
 
-@pytest.mark.parametrize("path", ["direct", "wire"])
-def test_a_path_that_is_not_built_says_so(host, path, capsys):
+def test_a_path_that_is_not_built_says_so(host, capsys):
     """A path of a later version is named, and called what it is."""
     check.main(None, as_json=False)
-    assert "not built in this version" in lines(capsys)[path]
+    assert "not built in this version" in lines(capsys)["direct"]
+
+
+@pytest.mark.parametrize("missing", ["binding", "btf", "tcx", "capabilities", "raw_sockets"])
+def test_what_wire_lacks_is_named_with_the_way_out(host, monkeypatch, missing, capsys):
+    """A missing feature takes the wire away, and says what would bring it back."""
+    host(missing)
+    monkeypatch.setattr(check, "prove_wire", lambda: pytest.fail("there is nothing to prove"))
+    check.main(None, as_json=False)
+    assert f"does not work {missing}: is missing; get {missing}" in lines(capsys)["wire"]
+
+
+def test_a_session_that_does_not_switch_outweighs_the_probes(host, monkeypatch, capsys):
+    """Where every probe passes and no session switches, the verdict on wire alone is no."""
+
+    def fail():
+        raise OSError(errno.EIO, "it did not")
+
+    monkeypatch.setattr(check, "prove_wire", fail)
+    assert check.main(None, as_json=False) == 0
+    assert "it did not; sockgw's own proof failed" in lines(capsys)["wire"]
 
 
 def test_json_has_the_documented_shape(host, capsys):

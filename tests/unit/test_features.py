@@ -169,7 +169,7 @@ def test_btf_that_is_not_there(monkeypatch, tmp_path):
 
 
 def probed(**verdicts: Verdict) -> tuple[Feature, ...]:
-    names = ("binding", "kernel", "btf", "capabilities", "cgroup2")
+    names = ("binding", "kernel", "btf", "tcx", "capabilities", "raw_sockets", "cgroup2")
     verdict = {name: verdicts.get(name, Verdict.SUPPORTED) for name in names}
     return tuple(Feature(name, verdict[name], "", "", "") for name in names)
 
@@ -182,7 +182,9 @@ def probed(**verdicts: Verdict) -> tuple[Feature, ...]:
         ("splice", {"kernel": Verdict.INCONCLUSIVE}, "kernel"),
         ("splice", {"btf": Verdict.UNSUPPORTED, "capabilities": Verdict.UNSUPPORTED}, "btf"),
         ("relay", {"binding": Verdict.UNSUPPORTED, "kernel": Verdict.UNSUPPORTED}, None),
-        ("wire", {}, "wire"),
+        ("wire", {}, None),
+        ("wire", {"tcx": Verdict.UNSUPPORTED, "raw_sockets": Verdict.UNSUPPORTED}, "tcx"),
+        ("wire", {"capabilities": Verdict.UNSUPPORTED}, "capabilities"),
         ("direct", {}, "direct"),
     ],
 )
@@ -204,3 +206,27 @@ def test_every_probe_answers_on_this_host():
     for feature in features.all():
         assert feature.detail
         assert bool(feature.remedy) is (feature.verdict is not Verdict.SUPPORTED)
+
+
+@pytest.mark.parametrize(
+    ("expression", "names"),
+    [
+        ({"match": {"op": "==", "left": {"payload": {"field": "dport"}}, "right": 8080}}, True),
+        ({"match": {"op": "==", "left": {"payload": {"field": "dport"}}, "right": 22}}, False),
+        ({"match": {"op": "!=", "left": {"payload": {"field": "sport"}}, "right": 22}}, True),
+        (
+            {"match": {"left": {"payload": {"field": "dport"}}, "right": {"range": [1, 9000]}}},
+            True,
+        ),
+        ({"match": {"left": {"payload": {"field": "dport"}}, "right": {"set": [22, 80]}}}, False),
+        ({"match": {"left": {"payload": {"field": "dport"}}, "right": {"set": [22, 8080]}}}, True),
+        ({"match": {"left": {"payload": {"field": "dport"}}, "right": "@ports"}}, True),
+        ({"match": {"left": {"meta": {"key": "iifname"}}, "right": "eth0"}}, False),
+        ({"xt": {"type": "match", "name": "multiport"}}, True),
+        ({"accept": None}, False),
+        ("accept", False),
+    ],
+)
+def test_rules_that_name_a_port(expression, names):
+    """A rule names our ports by number, range, set, or by what nft cannot put into words."""
+    assert features._names_port(expression, {8080, 9000}) is names

@@ -406,7 +406,7 @@ def test_start_that_fails_leaves_nothing(start: Any, backend: Backend) -> None:
         for options, error in (
             ({"listen": address}, OSError),
             ({"metrics": address}, OSError),
-            ({"accel": Accel.WIRE}, UnsupportedKernelError),
+            ({"accel": Accel.DIRECT}, UnsupportedKernelError),
             ({"backends": (Address("no-such-host.invalid", 1),)}, ConfigError),
         ):
             with pytest.raises(error):

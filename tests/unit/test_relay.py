@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 import pytest
 
-from sockgw.relay import BUFFER_BYTES, Buffers, Relay, set_up
+from sockgw.relay import BUFFER_BYTES, Buffers, Relay, bound
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -137,7 +137,7 @@ def test_pool_keeps_only_a_few() -> None:
 def test_receive_buffer_is_bounded() -> None:
     """A bounded socket's receive buffer does not grow beyond 4 MiB by itself."""
     with socket.socket() as sock:
-        set_up(sock)
+        bound(sock)
         assert sock.getsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF) <= 4 << 20
 
 
@@ -147,7 +147,7 @@ def test_a_full_receive_buffer_is_widened_and_narrowed_again() -> None:
         client = socket.create_connection(listener.getsockname())
         source, _ = listener.accept()
     with client, source:
-        set_up(source)
+        bound(source)
         limit = source.getsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF)
         client.sendall(bytes(200_000))
         assert source.recv(200_000, socket.MSG_PEEK | socket.MSG_WAITALL)
