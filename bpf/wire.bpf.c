@@ -361,7 +361,13 @@ static __always_inline bool is_empty(struct tcp_sock *socket)
 static __always_inline bool fits_window(struct tcp_sock *from, struct tcp_sock *to, __u8 scale,
 					__u32 is_chatty)
 {
-	__u32 may_send = from->rcv_wup + from->rcv_wnd - from->rcv_nxt;
+	__u32 most = (__u32)TCP_WINDOW_MAX << (scale & 15), told = from->rcv_wnd;
+	__u32 may_send;
+
+	/* The kernel notes it before it cuts it to what the header holds. */
+	if (told > most)
+		told = most;
+	may_send = from->rcv_wup + told - from->rcv_nxt;
 
 	/* A window is told in units, rounded down: a small one might come to nothing. */
 	return (may_send <= to->snd_wnd || (is_chatty && from->advmss <= to->snd_wnd)) &&

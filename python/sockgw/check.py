@@ -241,7 +241,7 @@ def _text(report: Report) -> Iterator[str]:
     row = "{:<14}{:<14}{}".format
     for feature in report.features:
         yield row(feature.name, feature.verdict.value, feature.detail)
-    yield row("bpffs", "not needed", report.bpffs or "not mounted")
+    yield row("bpffs", "for --persist", report.bpffs or "not mounted")
     files = report.open_files
     limit = "unlimited" if files is None else f"{files:,}"
     sessions = sessions_allowed(resource.RLIM_INFINITY if files is None else files)

@@ -22,6 +22,7 @@ import select
 import socket
 import struct
 import threading
+import warnings
 from contextlib import ExitStack, closing, suppress
 from importlib.resources import as_file, files
 from typing import TYPE_CHECKING, Any, Final
@@ -164,7 +165,10 @@ class Wire:
         holds nothing that this process would be missed for, and sleeps.
         """
         alive, our_end = os.pipe()
-        pid = os.fork()
+        with warnings.catch_warnings():
+            # Python 3.12 warns of threads; the child calls C, which needs none of them.
+            warnings.simplefilter("ignore", DeprecationWarning)
+            pid = os.fork()
         if pid == 0:
             try:
                 os.close(our_end)

@@ -663,7 +663,7 @@ def talk(session: Session, *lengths: int) -> None:
         session.expect(is_polling=False)
 
 
-@pytest.mark.parametrize("without", ["nothing", "timestamps", "sack"])
+@pytest.mark.parametrize("without", ["nothing", "timestamps", "sack", "window_scaling"])
 def test_headers(
     workers: MakeWorker, taps: MakeTaps, family: socket.AddressFamily, without: str
 ) -> None:
