@@ -223,7 +223,7 @@ def test_metrics_follow_the_sessions(
     metrics = running.metrics()
     assert metrics.value("gateway_sessions_total", path=path.label) == 3
     assert metrics.value("gateway_ebpf_active_pairs") == 0
-    total = 3 * (4 + 1000 + 100 * KIB)
+    total = 3 * (4 * path.exchanges + 1000 + 100 * KIB)
     for direction in ("to_backend", "to_client"):
         assert metrics.value("gateway_bytes_total", direction=direction) == total
         by_lines = sum(line.bytes(direction) for line in running.access_lines(3))
