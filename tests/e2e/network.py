@@ -26,11 +26,20 @@ from .waits import eventually
 
 if TYPE_CHECKING:
     import socket
-    from collections.abc import Callable, Iterator
+    from collections.abc import Callable, Iterable, Iterator
     from typing import Any
 
 T = TypeVar("T")
 
+# What ethtool shows, by what it is told.
+_OFFLOADS = {
+    "tso": "tcp-segmentation-offload",
+    "gso": "generic-segmentation-offload",
+    "gro": "generic-receive-offload",
+    "tx": "tx-checksumming",
+    "rx": "rx-checksumming",
+}
+NO_OFFLOADS = dict.fromkeys(_OFFLOADS, False)
 _CLONE_NEWNET = 0x40000000
 _libc = ctypes.CDLL(None, use_errno=True)
 
@@ -107,15 +116,21 @@ class NetworkNamespace:
         )
 
     @contextlib.contextmanager
-    def without_offloads(self, *devices: str) -> Iterator[None]:
-        """Let its kernel compute every checksum and cut every segment itself, for the body."""
-        for device in devices:
-            self._set_offloads(device, "off")
-        try:
+    def offloads(self, devices: Iterable[str], **wanted: bool) -> Iterator[None]:
+        """Have offloads, by ethtool's short names, on or off for the body."""
+        ethtool = require("ethtool")
+
+        def change(device: str, values: dict[str, bool]) -> None:
+            words = [(name, "on" if value else "off") for name, value in values.items()]
+            self.call(ethtool, "-K", device, *(word for pair in words for word in pair))
+
+        with contextlib.ExitStack() as undo:
+            for device in devices if wanted else ():
+                (shown,) = json.loads(self.call(ethtool, "--json", "-k", device))
+                before = {name: shown[_OFFLOADS[name]]["active"] for name in wanted}
+                undo.callback(change, device, before)
+                change(device, wanted)
             yield
-        finally:
-            for device in devices:
-                self._set_offloads(device, "on")
 
     @contextlib.contextmanager
     def one_by_one(self, device: str) -> Iterator[None]:
