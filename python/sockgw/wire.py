@@ -279,8 +279,7 @@ class Wire:
     def bytes(self) -> tuple[int, int]:
         """Return the payload translated since the load, to the backends and to the clients."""
         counted = ffi.new("uint64_t[2]")
-        packets = ffi.new("uint64_t[2]")
-        lib.sgw_wire_totals(self.handle, self.places, counted, packets)
+        lib.sgw_wire_totals(self.handle, self.places, counted)
         return counted[0], counted[1]
 
     def close(self) -> None:

@@ -168,8 +168,7 @@ void sgw_wire_reclaim(struct sgw_wire *wire, uint32_t first, uint32_t sessions);
  */
 void sgw_wire_guard(struct sgw_wire *wire, int alive);
 /* Sum up, by way, over the first sessions' places. */
-void sgw_wire_totals(const struct sgw_wire *wire, uint32_t sessions, uint64_t *bytes,
-		     uint64_t *packets);
+void sgw_wire_totals(const struct sgw_wire *wire, uint32_t sessions, uint64_t *bytes);
 void sgw_wire_close(struct sgw_wire *wire);
 size_t sgw_wire_slot_bytes(void);
 /* Attach to an interface's ingress by a link, which dies with the process, before or behind all

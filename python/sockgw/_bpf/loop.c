@@ -293,24 +293,11 @@ static void format_address(const struct sockaddr_in6 *address, char *text)
 	snprintf(text, NAME_BYTES, format, host, ntohs(address->sin6_port));
 }
 
-static void take_address(const struct wire_flow *flow, struct sockaddr_in6 *address)
-{
-	struct sockaddr_in *v4 = (struct sockaddr_in *)address;
-
-	memset(address, 0, sizeof(*address));
-	address->sin6_family = (sa_family_t)flow->family;
-	address->sin6_port = flow->source_port;
-	if (flow->family == AF_INET)
-		v4->sin_addr.s_addr = flow->source[0];
-	else
-		memcpy(&address->sin6_addr, flow->source, 16);
-}
-
 static void name_flow(const struct wire_flow *flow, char *text)
 {
 	struct sockaddr_in6 address;
 
-	take_address(flow, &address);
+	wire_write_side(&address, flow->source, flow->source_port, flow->family);
 	format_address(&address, text);
 }
 
@@ -518,8 +505,6 @@ static int watch(struct loop *loop, uint32_t index, uint32_t side, int operation
 
 	return epoll_ctl(loop->epoll, operation, session->fds[side], &event) ? errno : 0;
 }
-
-static void copy(struct loop *loop, uint32_t index, uint32_t side, uint32_t events);
 
 /* Go on as all do. */
 static void stop_gathering(struct loop *loop, uint32_t index)
@@ -998,7 +983,7 @@ static void on_event(struct loop *loop, uint32_t index, uint32_t side, uint32_t 
 		on_bytes(loop, index, side, events);
 }
 
-/* A session on wire is over: `reset` says which sides must be told, by leg. */
+/* A session on wire is over; the sides that are named have to be told. */
 static void end_wired(struct loop *loop, uint32_t index, enum sgw_end end, bool is_client_reset,
 		      bool is_backend_reset)
 {
@@ -1176,6 +1161,7 @@ int sgw_loop_adopt(struct sgw_loop *public, uint32_t id, uint32_t workers)
 	struct sgw_wire *wire = loop->settings.wire;
 	struct wire_session found;
 	enum wire_state state = wire_find(wire, id, &found);
+	const struct wire_flow *client;
 	struct session *session;
 	uint32_t index, way, generation;
 
@@ -1198,7 +1184,8 @@ int sgw_loop_adopt(struct sgw_loop *public, uint32_t id, uint32_t workers)
 	session->started_ns = wire_slot(wire, id, 0)->started_ns;
 	for (way = 0; way < 2; way++)
 		session->bytes[way] = wire_slot(wire, id, way)->copied;
-	take_address(&found.flows[SOCK_SLOT_TO_BACKEND], &session->address);
+	client = &found.flows[SOCK_SLOT_TO_BACKEND];
+	wire_write_side(&session->address, client->source, client->source_port, client->family);
 	loop->by_wire[id - wire_first(wire)] = index;
 	loop->public.open++;
 	/* One that has ended needs its ports no more; another may have them. */

@@ -346,8 +346,8 @@ enum wire_state wire_find(const struct sgw_wire *wire, uint32_t id, struct wire_
 
 /* --- leaving */
 
-static socklen_t write_side(struct sockaddr_in6 *address, const uint32_t *host, uint16_t port,
-			    uint32_t family)
+socklen_t wire_write_side(struct sockaddr_in6 *address, const uint32_t *host, uint16_t port,
+			  uint32_t family)
 {
 	struct sockaddr_in *v4 = (struct sockaddr_in *)address;
 
@@ -387,8 +387,8 @@ static int occupy(const struct wire_flow *flow)
 	if (setsockopt(fd, SOL_IP, LOCAL_PORT_RANGE, &range, sizeof(range)) ||
 	    setsockopt(fd, SOL_IP, IP_BIND_ADDRESS_NO_PORT, &on, sizeof(on)))
 		port = 0; /* before 6.3 */
-	length = write_side(&own, flow->target, port ? 0 : flow->target_port, flow->family);
-	write_side(&peer, flow->source, flow->source_port, flow->family);
+	length = wire_write_side(&own, flow->target, port ? 0 : flow->target_port, flow->family);
+	wire_write_side(&peer, flow->source, flow->source_port, flow->family);
 	if (repair(fd) || bind(fd, (struct sockaddr *)&own, length) ||
 	    connect(fd, (struct sockaddr *)&peer, length)) {
 		close(fd);
@@ -487,7 +487,7 @@ static void send_reset(const struct sgw_wire *wire, const struct wire_flow *to, 
 		       uint32_t ack)
 {
 	struct sockaddr_in6 peer;
-	socklen_t length = write_side(&peer, to->source, 0, to->family);
+	socklen_t length = wire_write_side(&peer, to->source, 0, to->family);
 
 	if (to->family == AF_INET) {
 		struct {
@@ -732,17 +732,14 @@ void sgw_wire_guard(struct sgw_wire *wire, int alive)
 	_exit(0);
 }
 
-void sgw_wire_totals(const struct sgw_wire *wire, uint32_t sessions, uint64_t *bytes,
-		     uint64_t *packets)
+void sgw_wire_totals(const struct sgw_wire *wire, uint32_t sessions, uint64_t *bytes)
 {
 	uint32_t id, way;
 
 	for (way = 0; way < WIRE_WAYS; way++) {
-		bytes[way] = packets[way] = 0;
-		for (id = 0; id < sessions; id++) {
+		bytes[way] = 0;
+		for (id = 0; id < sessions; id++)
 			bytes[way] += wire_slot(wire, id, way)->bytes;
-			packets[way] += wire_slot(wire, id, way)->packets;
-		}
 	}
 }
 

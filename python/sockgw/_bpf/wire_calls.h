@@ -6,6 +6,8 @@
 #ifndef SOCKGW_WIRE_CALLS_H
 #define SOCKGW_WIRE_CALLS_H
 
+#include <netinet/in.h>
+#include <sys/socket.h>
 #include "shim.h"
 #include "wire.h"
 
@@ -14,6 +16,9 @@ uint32_t wire_first(const struct sgw_wire *wire);
 uint32_t wire_sessions(const struct sgw_wire *wire);
 struct wire_slot *wire_slot(const struct sgw_wire *wire, uint32_t id, uint32_t way);
 
+/* One side of a flow, as a socket's address: its length. */
+socklen_t wire_write_side(struct sockaddr_in6 *address, const uint32_t *host, uint16_t port,
+			  uint32_t family);
 /* Watch for the moment at which the session can go by wire: WIRE_FITS and its id,
  * or why it stays where it is.
  */
