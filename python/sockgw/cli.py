@@ -215,8 +215,9 @@ def _sockgw() -> None:
     "accel",
     partial(config.parse_choice, config.Accel),
     metavar="|".join(accel.value for accel in config.Accel),
-    help="The path that bytes take. auto: the best that is safe for every application; off:"
-    " userspace only. A path asked for by name is an error where the kernel cannot.",
+    help="The path that bytes take. auto: the best that is safe for every application, which is"
+    " wire, then splice, then the relay; off: userspace only. A path asked for by name is an error"
+    " where the kernel cannot.",
 )
 @_cgroup_option
 @_option(

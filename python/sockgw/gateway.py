@@ -34,6 +34,8 @@ if TYPE_CHECKING:
 
 _log = logging.getLogger("sockgw")
 
+_WITH_WIRE: Final = {Accel.AUTO, Accel.WIRE}
+
 _FDS_RESERVED: Final = 64
 """For what is not a session: maps, rings, epolls, the log, scrapes."""
 _FDS_PER_SESSION: Final = 2
@@ -71,7 +73,7 @@ class Gateway:
         path asked for by name does not work here), DatapathError or OSError;
         nothing is left open then.
         """
-        self._limit_sessions()
+        self._limit_sessions(may_be_on_wire=self._config.accel in _WITH_WIRE)
         try:
             self._start()
         except BaseException:
@@ -88,11 +90,11 @@ class Gateway:
             "" if self._max_sessions == 1 else "s",
         )
 
-    def _limit_sessions(self) -> None:
+    def _limit_sessions(self, *, may_be_on_wire: bool) -> None:
         """Decide how many sessions there may be, and how many processes are of use."""
         wanted = self._config.max_connections
         allowed = sessions_allowed(_raise_nofile(), self._processes)
-        if self._config.accel is Accel.WIRE and wanted is not None:
+        if may_be_on_wire and wanted is not None:
             # A session on wire costs no descriptor; who knows that most are says so.
             allowed = max(allowed, min(wanted, _MAX_SESSIONS))
         self._max_sessions = min(wanted or allowed, allowed)
@@ -111,8 +113,7 @@ class Gateway:
 
     def _start(self) -> None:
         config = self._config
-        if config.cgroup is not None:  # wrong is wrong, whatever path it is for
-            features.find_cgroup2(config.cgroup)
+        self._check_options()
         backends = Backends(config.backends)
         self._listener = listener = Listener(config.listen, self._max_sessions)
         self.address = listener.address
@@ -125,6 +126,8 @@ class Gateway:
         if self._wire is not None:
             self.path = Path.WIRE
         else:
+            self._limit_sessions(may_be_on_wire=False)
+            listener.limit = self._max_sessions
             bound(listener.socket)
         listener.listen()
         if config.metrics is not None:
@@ -153,6 +156,15 @@ class Gateway:
             self._wire.watch()
         if self._metrics is not None:
             self._metrics.start()
+
+    def _check_options(self) -> None:
+        config = self._config
+        if config.cgroup is not None:  # wrong is wrong, whatever path it is for
+            features.find_cgroup2(config.cgroup)
+        if config.persist is not None and config.accel not in _WITH_WIRE:
+            raise ConfigError("--persist: only sessions on wire persist; use --accel wire or auto")
+        if config.persist is not None and self._processes > 1:
+            raise ConfigError("--persist: not with several --processes")
 
     def drain(self) -> None:
         """Stop accepting, and end when the sessions have, or at the deadline."""
@@ -261,29 +273,47 @@ class Gateway:
         return datapath
 
     def _load_wire(self) -> Wire | None:
-        """Load the wire path, if it was asked for by name; what does not fit it goes by splice."""
+        """Load the wire path; None when this host, or the user, wants splice or the relay."""
         config = self._config
-        if config.accel is not Accel.WIRE:
-            if config.persist is not None:
-                raise ConfigError("--persist: only sessions on wire persist; use --accel wire")
+        is_demanded = config.accel is Accel.WIRE or config.persist is not None
+        if config.accel not in _WITH_WIRE:
             return None
-        if config.persist is not None and self._processes > 1:
-            raise ConfigError("--persist: not with several --processes")
-        obstacle = features.first_obstacle(Path.WIRE.value, features.all(config.cgroup))
-        if obstacle is not None:
-            raise UnsupportedKernelError("--accel wire", str(obstacle))
-        rules = features.netfilter(self._ports())
-        if rules.verdict is not features.Verdict.SUPPORTED:
-            self._warn(rules.reason, str(rules))
-        # Imported late: without the binding there is no such module.
-        from sockgw.wire import Wire  # noqa: PLC0415
+        if self._datapath is None and not is_demanded:
+            return None  # the user has been told, and of the same
+        try:
+            if not self._is_wire_possible(is_demanded=is_demanded):
+                return None
+            # Imported late: without the binding there is no such module.
+            from sockgw.wire import Wire  # noqa: PLC0415
 
-        return Wire.load(
-            sessions=self._max_sessions,
-            workers=config.threads * self._processes,
-            processes=self._processes,
-            persist=config.persist,
-        )
+            return Wire.load(
+                sessions=self._max_sessions,
+                workers=config.threads * self._processes,
+                processes=self._processes,
+                persist=config.persist,
+            )
+        except DatapathError as error:
+            if is_demanded:
+                raise
+            self._stay_on_splice("load_failed", str(error))
+            return None
+
+    def _is_wire_possible(self, *, is_demanded: bool) -> bool:
+        obstacle = features.first_obstacle(Path.WIRE.value, features.all(self._config.cgroup))
+        if obstacle is not None:
+            if is_demanded:
+                option = "--accel wire" if self._config.accel is Accel.WIRE else "--persist"
+                raise UnsupportedKernelError(option, str(obstacle))
+            self._stay_on_splice(obstacle.reason, str(obstacle))
+            return False
+        rules = features.netfilter(self._ports())
+        if rules.verdict is features.Verdict.SUPPORTED:
+            return True
+        if is_demanded:
+            self._warn(rules.reason, f"{rules}; --accel splice keeps sessions where they see them")
+        else:
+            self._stay_on_splice(rules.reason, f"{rules}; --accel wire passes them by")
+        return is_demanded
 
     def _ports(self) -> set[int]:
         """Return the ports that a rule of netfilter might name."""
@@ -292,6 +322,9 @@ class Gateway:
 
     def _fall_back(self, reason: str, why: str) -> None:
         self._warn(reason, f"userspace relays the bytes: {why}")
+
+    def _stay_on_splice(self, reason: str, why: str) -> None:
+        self._warn(reason, f"no session goes by wire: {why}")
 
     def _warn(self, reason: str, message: str) -> None:
         self._tally.fallbacks[reason] += 1

@@ -17,6 +17,8 @@ import pytest
 
 from . import kernel
 from .gateways import run_sockgw
+from .peers import split_address
+from .programs import require
 from .traffic import MIB, Stream, Task, exchange, receive, send_and_finish
 
 if TYPE_CHECKING:
@@ -144,51 +146,117 @@ def test_off_is_not_concerned(
     _transfer(*session(running, backend))
 
 
-@pytest.mark.parametrize("accel", ["auto", "splice"])
-def test_no_cgroup2(
-    start: StartGateway, backend: Backend, session: OpenSession, accel: str
+def _goes_by(
+    path: str, running: Gateway, client: socket.socket, server: socket.socket, exchanges: int = 3
 ) -> None:
-    """Without cgroup2 splice still works; one warning tells how to mount it."""
+    for _ in range(exchanges):
+        exchange(client, server)
+    running.await_sessions(1, path=path)
+    _transfer(client, server)
+
+
+@pytest.mark.parametrize(("accel", "path"), [("auto", "wire"), ("splice", "splice")])
+def test_no_cgroup2(
+    start: StartGateway, backend: Backend, session: OpenSession, accel: str, path: str
+) -> None:
+    """Without cgroup2 splice and wire still work; one warning tells how to mount it."""
     running = start(backend.address, prefix=NO_CGROUP2, accel=accel)
-    assert running.path == "splice"
+    assert running.path == path
     _assert_one_warning(running, ("mount -t cgroup2",))
     assert running.metrics().value("gateway_fallbacks_total", reason="no_cgroup2") == 1
     assert running.metrics().value("gateway_fallbacks_total") == 1
-    client, server = session(running, backend)
-    exchange(client, server)
-    running.await_sessions(1, path="splice")
-    _transfer(client, server)
+    _goes_by(path, running, *session(running, backend))
     line = running.access_lines(1)[0]
-    assert line["path"] == "splice"
+    assert line["path"] == path
     assert "client_rtt_us" not in line.fields
 
 
-@pytest.mark.parametrize(
-    "rights", ["-all,+bpf,+net_admin,+perfmon", "-all,+sys_admin"], ids=["few", "sys-admin"]
-)
+FEW_RIGHTS = "-all,+bpf,+net_admin,+perfmon"
+
+
+@pytest.mark.parametrize("rights", [FEW_RIGHTS, "-all,+sys_admin"], ids=["few", "sys-admin"])
+@pytest.mark.parametrize("accel", ["auto", "splice"])
 def test_just_enough_rights(
-    start: StartGateway, backend: Backend, session: OpenSession, rights: str
+    start: StartGateway, backend: Backend, session: OpenSession, rights: str, accel: str
 ) -> None:
-    """CAP_BPF, CAP_NET_ADMIN and CAP_PERFMON suffice, and so does CAP_SYS_ADMIN alone."""
-    running = start(backend.address, prefix=_capabilities(rights), accel="auto")
+    """CAP_BPF, CAP_NET_ADMIN and CAP_PERFMON suffice for splice, and so does CAP_SYS_ADMIN alone.
+
+    With --accel auto the one warning says what wire would need.
+    """
+    running = start(backend.address, prefix=_capabilities(rights), accel=accel)
     assert running.path == "splice"
+    if accel == "auto":
+        _assert_one_warning(running, ("no session goes by wire", "CAP_NET_RAW"))
+        assert running.metrics().value("gateway_fallbacks_total", reason="no_raw_sockets") == 1
+    else:
+        assert running.warnings() == []
+    _goes_by("splice", running, *session(running, backend), exchanges=1)
+
+
+def test_just_enough_rights_for_wire(
+    start: StartGateway, backend: Backend, session: OpenSession
+) -> None:
+    """With CAP_NET_RAW besides, sessions go by wire."""
+    running = start(backend.address, prefix=_capabilities(f"{FEW_RIGHTS},+net_raw"), accel="auto")
+    assert running.path == "wire"
     assert running.warnings() == []
-    client, server = session(running, backend)
-    exchange(client, server)
-    running.await_sessions(1, path="splice")
-    _transfer(client, server)
+    _goes_by("wire", running, *session(running, backend))
 
 
 def test_auto_with_no_obstacle(start: StartGateway, backend: Backend, session: OpenSession) -> None:
-    """With --accel auto and nothing in the way, bytes are spliced and nobody is warned."""
+    """With --accel auto and nothing in the way, sessions go by wire and nobody is warned."""
     running = start(backend.address, accel="auto")
-    assert running.path == "splice"
+    assert running.path == "wire"
     assert running.warnings() == []
-    client, server = session(running, backend)
-    exchange(client, server)
-    running.await_sessions(1, path="splice")
-    _transfer(client, server)
+    _goes_by("wire", running, *session(running, backend))
     assert running.metrics().value("gateway_fallbacks_total") == 0
+
+
+@pytest.fixture
+def rule(backend: Backend) -> Iterator[str]:
+    """Have an nftables rule that names the backend's port, and lets all pass; give its table."""
+    nft = require("nft")
+    table = f"sockgw-e2e-{os.getpid()}"
+    _, port = split_address(backend.address)
+    chain = f"chain seen {{ type filter hook input priority 0; tcp dport {port} counter; }};"
+    subprocess.run(
+        [nft, "-f", "-"],
+        input=f"table inet {table} {{ {chain} }}",
+        text=True,
+        check=True,
+        timeout=20,
+    )
+    yield table
+    subprocess.run([nft, "delete", "table", "inet", table], check=True, timeout=20)
+
+
+@pytest.mark.parametrize(("accel", "path"), [("auto", "splice"), ("wire", "wire")])
+def test_rule_that_names_a_port(
+    start: StartGateway, backend: Backend, session: OpenSession, rule: str, accel: str, path: str
+) -> None:
+    """Packets on wire pass no rule: where one names our ports, only --accel wire goes by it."""
+    running = start(backend.address, accel=accel)
+    assert running.path == path
+    way_out = "--accel wire" if accel == "auto" else "--accel splice"
+    _assert_one_warning(running, (f"table inet {rule}, chain seen", "our ports", way_out))
+    assert running.metrics().value("gateway_fallbacks_total", reason="netfilter") == 1
+    _goes_by(path, running, *session(running, backend), exchanges=3 if path == "wire" else 1)
+
+
+def test_more_sessions_than_descriptors(start: StartGateway, backend: Backend) -> None:
+    """With --accel auto there may be more sessions than descriptors only where wire works."""
+    limit = ("prlimit", "--nofile=200:200")
+    running = start(backend.address, prefix=limit, accel="auto", max_connections=500)
+    assert running.metrics().value("gateway_sessions_max") == 500
+    assert running.warnings() == []
+    running = start(
+        backend.address,
+        prefix=(*limit, *_capabilities(FEW_RIGHTS)),
+        accel="auto",
+        max_connections=500,
+    )
+    assert running.metrics().value("gateway_sessions_max") == 68
+    assert any("RLIMIT_NOFILE allows 68 sessions" in line for line in running.warnings())
 
 
 @pytest.fixture

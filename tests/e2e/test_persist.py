@@ -54,7 +54,7 @@ def persistent(directory: Path, backend: Backend) -> Iterator[StartPersistent]:
     started: list[Gateway] = []
 
     def start(**options: Any) -> Gateway:
-        settings = {"accel": "wire", "persist": directory, **options}
+        settings = {"persist": directory, **options}
         gateway = Gateway(arguments_of([backend.address], settings))
         started.append(gateway)
         return gateway
@@ -167,7 +167,7 @@ def test_second_gateway_on_a_directory(persistent: StartPersistent, directory: P
     """Two gateways on one directory: the second says in one line that it is another's."""
     persistent()
     for arguments in (
-        ("run", *arguments_of(["127.0.0.1:9"], {"accel": "wire", "persist": directory})),
+        ("run", *arguments_of(["127.0.0.1:9"], {"persist": directory})),
         ("clean", str(directory)),
     ):
         refused = run_sockgw(*arguments)

@@ -96,8 +96,7 @@ _LACKS: Final = {
     ),
     "netfilter": _Lack(
         "netfilter",
-        "packets of a session on wire do not pass INPUT, OUTPUT or NAT; --accel splice keeps all "
-        "sessions there",
+        "packets of a session on wire do not pass INPUT, OUTPUT or NAT",
     ),
     "cgroup2": _Lack(
         "no_cgroup2",
