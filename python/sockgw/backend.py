@@ -71,6 +71,10 @@ class Backends:
         """Return the address that `first` returns, as text."""
         return self._names[turn % len(self._names)]
 
+    def turn_at(self, target: str) -> int | None:
+        """Return a turn that tries the address `target` first; None if there is none."""
+        return self._names.index(target) if target in self._names else None
+
     def next_turn(self) -> int:
         """Take a turn."""
         with self._lock:

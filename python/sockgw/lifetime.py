@@ -21,8 +21,8 @@ from typing import TYPE_CHECKING, Final, NamedTuple
 from sockgw.backend import Dial
 from sockgw.direction import Direction
 from sockgw.errors import DatapathError, DialError
-from sockgw.loop import Reason
-from sockgw.relay import Relay
+from sockgw.loop import Reason, Released
+from sockgw.relay import Relay, bound
 from sockgw.session import End, Path, Way
 from sockgw.splice import Splice
 
@@ -30,7 +30,6 @@ if TYPE_CHECKING:
     from collections.abc import Callable
 
     from sockgw.datapath import Connection, Pair
-    from sockgw.loop import Released
     from sockgw.worker import Worker
 
 _log = logging.getLogger("sockgw")
@@ -84,6 +83,7 @@ class Session:
         "_directions",
         "_end",
         "_grace_until_s",
+        "_is_unfit",
         "_late_moved",
         "_moved",
         "_started_s",
@@ -110,6 +110,7 @@ class Session:
         self._started_s = self._active_at_s - released.age_s
         self._moved = self._late_moved = -1
         self._client_has_fin = False
+        self._is_unfit = released.is_unfit
         self._client_mask = self._backend_mask = 0
         self._end: End | None = None
         self._grace_until_s = 0.0
@@ -309,7 +310,15 @@ class Session:
         except DialError as error:
             self._dial_failed(backend, error)
         else:
-            self._connected(backend)
+            self._dialled(backend)
+
+    def _dialled(self, backend: socket.socket) -> None:
+        """Go on as if the loop had dialled."""
+        if self._worker.has_wire:
+            if self._give_back(backend):
+                return
+            bound(backend)
+        self._connected(backend)
 
     def _dial_failed(self, backend: socket.socket, error: DialError) -> None:
         self._count_dial_error(error)
@@ -362,12 +371,12 @@ class Session:
             self.lost(released.way, OSError(released.error, os.strerror(released.error)))
         elif released is not None and released.reason is Reason.NO_MEMORY:
             self.close(End.ERROR)
-        elif self.pair is None and self._worker.datapath is not None:
-            self.later(_LATE_S, self._pair_late)
+        elif self.pair is None and (self._worker.has_wire or self._worker.datapath is not None):
+            self.later(_LATE_S, self._speed_up_late)
         self.rewatch()
 
-    def _pair_late(self) -> None:
-        """Pair a session that was not, because it was streaming, once it is silent."""
+    def _speed_up_late(self) -> None:
+        """Take a session that was streaming or stalled to a faster path, once it is silent."""
         if self._directions is None or self._end is not None or self.pair is not None:
             return
         to_backend, to_client = self._directions
@@ -376,12 +385,38 @@ class Session:
         moved = to_backend.moved + to_client.moved
         if moved != self._late_moved or not (to_backend.is_copying and to_client.is_copying):
             self._late_moved = moved
-            self.later(_LATE_S, self._pair_late)
+            self.later(_LATE_S, self._speed_up_late)
+            return
+        if self._give_back(to_backend.relay.target):
             return
         splices = self._pair(to_backend, to_client)
         for direction in (to_client, to_backend):
             direction.paired(splices.get(direction.way))
         self.rewatch()
+
+    def _give_back(self, backend: socket.socket) -> bool:
+        """Let the loop go on, where the way to the wire begins; False if it is not for this one."""
+        turn = self._worker.backends.turn_at(self._dial.target)
+        if not self._worker.has_wire or self._is_unfit or turn is None:
+            return False
+        sent = [direction.relay.written for direction in self._directions or ()]
+        self.is_closed = self._worker.give_back(
+            self,
+            Released(
+                Reason.ASKED,
+                self.client,
+                self.client_name,
+                turn,
+                backend,
+                is_connected=True,
+                is_counted=self._directions is not None,
+                age_s=self.age_s,
+                sent=(sent[0], sent[1]) if sent else (0, 0),
+            ),
+        )
+        if self.is_closed:
+            self._directions = None
+        return self.is_closed
 
     def _pair(
         self, to_backend: Direction, to_client: Direction, *, is_client_first: bool = False

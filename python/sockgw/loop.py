@@ -5,8 +5,9 @@ Plain means that nobody has to decide anything: the first backend answers, what
 is received can be sent at once, both sides end with a FIN. Such a session is
 accepted, dialled, copied and closed in C (`_bpf/loop.c`), without the
 interpreter. As soon as there is something to decide, or a faster path to hand
-over to, the loop releases it for good, and it becomes a `sockgw.lifetime`
-Session.
+over to, the loop releases it, and it becomes a `sockgw.lifetime` Session. That
+gives it back when it is plain again and may go by wire: the way there begins
+in the loop.
 
 Without the compiled binding there is `PythonLoop`, for which no session is
 plain: it releases each one as soon as it is accepted.
@@ -88,6 +89,8 @@ class Released(NamedTuple):
     is_connected: bool = False
     is_counted: bool = False
     """Whether `Loop.relayed` has it."""
+    is_unfit: bool = False
+    """Whether it cannot go by wire."""
     way: Way = Way.TO_BACKEND
     """FULL: the direction; FAILED: which the socket feeds; HANDOVER: whose bytes there are."""
     error: int = 0
@@ -194,6 +197,13 @@ class Loop(Protocol):
 
         Each of `workers` looks at all of them, and takes its own. Returns 1 if
         there was one, which may be `ended` already.
+        """
+
+    def take_back(self, released: Released) -> bool:
+        """Go on with a session that is connected, of which nothing is held and no FIN was seen.
+
+        Its sockets are registered, and the loop's from here on. False: it is
+        reset, and nothing is changed.
         """
 
     def reset_wired(self, silent_s: float) -> int:
@@ -309,6 +319,10 @@ class PythonLoop:
     def adopt(self, place: int, workers: int) -> int:  # noqa: ARG002
         """Adopt nothing."""
         return 0
+
+    def take_back(self, released: Released) -> bool:  # noqa: ARG002
+        """Take nothing."""
+        return False
 
     def reset_wired(self, silent_s: float) -> int:  # noqa: ARG002
         """Reset nothing."""

@@ -37,6 +37,7 @@ if TYPE_CHECKING:
     from sockgw.datapath import Connection, Datapath
     from sockgw.errors import DatapathError
     from sockgw.listener import Listener
+    from sockgw.loop import Released
     from sockgw.wire import Wire
 
 _log = logging.getLogger("sockgw")
@@ -106,7 +107,8 @@ class Worker:
             connect_timeout_s=connect_timeout_s,
             is_logging=self.access_log.is_enabled,
         )
-        self._has_faster = datapath is not None or wire is not None
+        self.has_wire = wire is not None
+        self._has_faster = datapath is not None or self.has_wire
         if self._has_faster:
             self.loop.handover = Handover.AT_ONCE
         self._wire = wire
@@ -223,9 +225,21 @@ class Worker:
     def prepare(self, sock: socket.socket) -> None:
         """Set up a backend's socket before it connects."""
         set_up(sock)
-        bound(sock)
+        if not self.has_wire:
+            bound(sock)
         if self.datapath is not None and self.datapath.follows:
             self.datapath.follow(sock)
+
+    def give_back(self, session: Session, released: Released) -> bool:
+        """Have the loop go on with `session`; False if it is reset."""
+        fds = [sock.fileno() for sock in (released.client, released.backend) if sock is not None]
+        if not self.loop.take_back(released):
+            return False
+        for fd in fds:
+            self._owners.pop(fd, None)
+        self.sessions.discard(session)
+        self._watch_for_handover()
+        return True
 
     def connection(self, sock: socket.socket | None) -> Connection | None:
         """Return what is known of `sock`; None without the sockops program."""
@@ -434,13 +448,16 @@ class Worker:
     def _on_connection(self) -> None:
         if self._has_faster:
             self._choose_handover()
-            if not self._is_handing_over:
-                self._is_handing_over = True
-                self.after(_SILENT_S, None, self._hand_over)
+            self._watch_for_handover()
         try:
             self.listener.accept(self.loop.accept, _ACCEPTS)
         except OSError:
             self.after(RETRY_S, None, self.listener.resume)
+
+    def _watch_for_handover(self) -> None:
+        if not self._is_handing_over:
+            self._is_handing_over = True
+            self.after(_SILENT_S, None, self._hand_over)
 
     def _choose_handover(self) -> None:
         """Pair at once, or, while sessions come and go, only what lasts.

@@ -28,6 +28,7 @@ from .waits import eventually
 if TYPE_CHECKING:
     from .conftest import OpenSession, StartGateway
     from .gateways import Gateway
+    from .paths import PathUnderTest
 
 # The broadcast address of loopback: the kernel answers ENETUNREACH and sends nothing.
 UNREACHABLE = "127.255.255.255:9"
@@ -153,6 +154,26 @@ def test_next_backend_after_a_failure(
         assert errors.value("gateway_dial_errors_total", reason=obstacle) == 3
         assert {line["backend"] for line in running.access_lines(6)} == {echo.address}
         assert {line["end"] for line in running.access_lines(6)} == {"eof"}
+
+
+def test_the_next_backend_is_as_good(
+    gateway: StartGateway, backend: Backend, session: OpenSession, path: PathUnderTest
+) -> None:
+    """A session that the first backend refused is on the path that it would be on anyway."""
+    running = gateway(f"127.0.0.1:{unused_port()}", backend.address, threads=1)
+    for number in range(1, 5):
+        client, server = session(running, backend)
+        for _ in range(path.exchanges):
+            exchange(client, server)
+        running.await_sessions(1, path=path.label)
+        exchange(client, server)
+        client.close()
+        server.close()
+        line = running.access_lines(number)[number - 1]
+        assert (line["path"], line["backend"], line["end"]) == (path.label, backend.address, "eof")
+        running.await_sessions(0)
+    assert running.metrics().value("gateway_sessions_total", path=path.label) == 4
+    assert running.metrics().value("gateway_sessions_total") == 4
 
 
 def test_all_backends_fail(gateway: StartGateway) -> None:

@@ -214,6 +214,7 @@ struct sgw_released {
 	int backend_family;
 	bool is_connected;
 	bool is_counted; /* in sgw_loop.relayed */
+	bool is_unfit; /* it cannot go by wire */
 	uint32_t turn;
 	uint64_t age_ns;
 	uint64_t bytes[2]; /* sent on, by way */
@@ -308,6 +309,11 @@ int sgw_loop_hand_over(struct sgw_loop *loop, uint64_t silent_ns, uint64_t age_n
  * that hears of it: 1 if that is a session, or was one, which is then told as ended.
  */
 int sgw_loop_adopt(struct sgw_loop *loop, uint32_t id, uint32_t workers);
+/* Go on with a session whose sockets sgw_loop_control() watches, and of which nothing
+ * is held: of `session` what says who it is and what it has sent. 0, the sockets are
+ * the loop's then, or -errno.
+ */
+int sgw_loop_return(struct sgw_loop *loop, const struct sgw_released *session);
 /* Reset sessions on wire that have been silent for so long: their number, to be
  * repeated until that is 0.
  */

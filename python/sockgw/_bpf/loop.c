@@ -6,8 +6,9 @@
  * first backend answers, what is received can be sent at once, both sides end
  * with a FIN. The first thing that is not plain (a dial that fails, a target
  * without room, a reset, the handover to a faster path) releases it to Python,
- * with both sockets and all counts, and it does not come back. So a session's
- * course is decided in one place, and the common one costs nothing there.
+ * with both sockets and all counts. So a session's course is decided in one place,
+ * and the common one costs nothing there. It comes back for one reason: the way
+ * to the wire begins here (sgw_loop_return).
  *
  * The loop keeps no byte from one event to the next: what it has received and
  * could not send goes with the release. The exception is a stream that is on its
@@ -132,7 +133,9 @@ struct session {
 	uint8_t is_answered; /* the backend has sent something */
 	uint8_t is_counted; /* in relayed */
 	uint8_t is_tried; /* whether it can go by wire was asked */
+	uint8_t is_unfit; /* and it cannot, or never has the moment */
 	uint16_t armed_events;
+	uint64_t armed_bytes[2]; /* sent since, by way */
 	uint8_t is_adopted; /* from a gateway that has died */
 	struct gathering *gathering; /* NULL: it copies as all do */
 	struct sock_stats stats[2]; /* of its connections, once they are closed */
@@ -150,7 +153,7 @@ struct gathering {
 	uint64_t moved_ns[2]; /* by way */
 	uint64_t acked_ns; /* when the peers last acknowledged something */
 	int unacknowledged;
-	uint32_t made; /* moments that were not used */
+	uint32_t made; /* moments that were not used, or not to be had */
 	size_t peeked[2]; /* sent on, and still in the source's queue, by way */
 	uint32_t held_way;
 	size_t held_from;
@@ -416,6 +419,7 @@ static struct sgw_released *release(struct loop *loop, uint32_t index, enum sgw_
 	record->backend_family = target_of(loop, session)->address.sin6_family;
 	record->is_connected = session->state == CONNECTED;
 	record->is_counted = session->is_counted;
+	record->is_unfit = session->is_unfit;
 	record->turn = session->turn;
 	record->age_ns = loop->now_ns - session->started_ns;
 	memcpy(record->bytes, session->bytes, sizeof(record->bytes));
@@ -533,6 +537,7 @@ enum progress {
 static void count_sent(struct loop *loop, struct session *session, uint32_t way, ssize_t sent)
 {
 	session->bytes[way] += (uint64_t)sent;
+	session->armed_bytes[way] += (uint64_t)sent;
 	loop->public.bytes[way] += (uint64_t)sent;
 	session->active_ns = loop->now_ns;
 }
@@ -609,13 +614,20 @@ static int unacknowledged(const struct session *session)
 	return count[CLIENT] + count[BACKEND];
 }
 
-/* The moment does not come: the session goes on as if it had not been armed. */
-static void give_up_wire(struct loop *loop, uint32_t index)
+/* The session goes on as if it had not been armed: for good, where the moment never
+ * comes; where a target is stalled, until that is over.
+ */
+static void give_up_wire(struct loop *loop, uint32_t index, bool is_for_good)
 {
 	struct session *session = &loop->sessions[index];
 
 	if (!keeps_sockets(loop, session, false))
 		return;
+	if (!is_for_good) {
+		release(loop, index, SGW_FULL);
+		return;
+	}
+	session->is_unfit = 1;
 	loop->public.unfit[WIRE_NO_MOMENT]++;
 	if (session->gathering)
 		stop_gathering(loop, index);
@@ -649,7 +661,7 @@ static void gather(struct loop *loop, uint32_t index)
 		 * limit holds up the reverse direction, too (relay.py, widen()).
 		 */
 		if (progress == BLOCKED && stalled_at_ns <= loop->now_ns) {
-			give_up_wire(loop, index);
+			give_up_wire(loop, index, false);
 			return;
 		}
 	}
@@ -663,10 +675,17 @@ static void gather(struct loop *loop, uint32_t index)
 		wire_fit_windows(session->fds);
 		take_peeked(session);
 		if (is_moving && ++gathering->made > GATHERS_MOST)
-			give_up_wire(loop, index);
-	} else if (loop->now_ns - gathering->acked_ns >= GATHER_STALL_NS) {
-		give_up_wire(loop, index); /* for the same reason as above */
+			give_up_wire(loop, index, true);
 	} else {
+		/* For the same reason as above; the moment comes with the acknowledgement. */
+		if (loop->now_ns - gathering->acked_ns >= GATHER_STALL_NS) {
+			take_peeked(session);
+			gathering->acked_ns = loop->now_ns;
+			if (++gathering->made > GATHERS_MOST) {
+				give_up_wire(loop, index, true);
+				return;
+			}
+		}
 		if (is_moving)
 			gathering->pause_ns = GATHER_LOOK_NS;
 		gathering->look_at_ns = loop->now_ns + gathering->pause_ns;
@@ -768,7 +787,7 @@ static void copy(struct loop *loop, uint32_t index, uint32_t side, uint32_t even
 					     (size_t)(received - sent));
 			return;
 		}
-		if (session->wire != NONE && session->bytes[way] > GATHER_BYTES &&
+		if (session->wire != NONE && session->armed_bytes[way] > GATHER_BYTES &&
 		    !session->is_ended[0] && !session->is_ended[1] &&
 		    begin_gathering(loop, index, way, NULL, 0))
 			return;
@@ -895,10 +914,12 @@ static void arm(struct loop *loop, uint32_t index)
 	wire_bound(session->fds);
 	if (unfit) {
 		session->wire = NONE;
+		session->is_unfit = 1;
 		loop->public.unfit[unfit]++;
 		return;
 	}
 	loop->public.armed++;
+	session->armed_bytes[0] = session->armed_bytes[1] = 0;
 	loop->by_wire[session->wire - wire_first(wire)] = index;
 	wire_slot(wire, session->wire, 0)->started_ns = session->started_ns;
 }
@@ -926,10 +947,11 @@ static void on_bytes(struct loop *loop, uint32_t index, uint32_t side, uint32_t 
 	if (session->wire != NONE && !session->gathering) {
 		session->armed_events++;
 		if (session->armed_events == CHATTY_EVENTS &&
-		    session->bytes[0] + session->bytes[1] <= CHATTY_EVENTS * CHATTY_BYTES)
+		    session->armed_bytes[0] + session->armed_bytes[1] <=
+			    CHATTY_EVENTS * CHATTY_BYTES)
 			wire_slot(loop->settings.wire, session->wire, 0)->is_chatty = 1;
 		if (session->armed_events > ARMED_EVENTS)
-			give_up_wire(loop, index);
+			give_up_wire(loop, index, true);
 	}
 	if (!is_worth_handover(loop, session, side, events) || !hand_over(loop, index, side))
 		copy(loop, index, side, events);
@@ -1110,8 +1132,10 @@ static int take_wire_event(void *context, void *data, size_t size)
 		on_switch(loop, index);
 	else if (event->happening == WIRE_HAS_ENDED && session->state == ON_WIRE)
 		on_wire_end(loop, index);
-	else if (event->happening == WIRE_IS_UNFIT && keeps_sockets(loop, session, false))
+	else if (event->happening == WIRE_IS_UNFIT && keeps_sockets(loop, session, false)) {
+		session->is_unfit = 1;
 		loop->public.unfit[event->unfit]++;
+	}
 	/* An error ends the walk behind this record; the rest stays, and is told again. */
 	return loop->public.ended_count < WIRE_RECORDS ? 0 : -ENOSPC;
 }
@@ -1194,6 +1218,44 @@ int sgw_loop_adopt(struct sgw_loop *public, uint32_t id, uint32_t workers)
 	if (session->state == ON_WIRE && is_over(loop, session))
 		on_wire_end(loop, index);
 	return 1;
+}
+
+int sgw_loop_return(struct sgw_loop *public, const struct sgw_released *returned)
+{
+	struct loop *loop = (struct loop *)public;
+	struct sockaddr_in6 address = { 0 };
+	socklen_t length = sizeof(address);
+	struct session *session;
+	uint32_t index, generation;
+
+	/* ENOTCONN: it was reset just now, and that is for the caller to find out. */
+	if (getpeername(returned->client, (struct sockaddr *)&address, &length))
+		return -errno;
+	loop->now_ns = clock_ns();
+	index = take_session(loop);
+	session = &loop->sessions[index];
+	generation = session->generation;
+	memset(session, 0, sizeof(*session));
+	session->generation = generation;
+	session->started_ns = loop->now_ns - returned->age_ns;
+	session->active_ns = loop->now_ns;
+	memcpy(session->bytes, returned->bytes, sizeof(session->bytes));
+	session->fds[CLIENT] = returned->client;
+	session->fds[BACKEND] = returned->backend;
+	session->wire = NONE;
+	session->turn = returned->turn;
+	session->is_answered = returned->bytes[SOCK_SLOT_TO_CLIENT] > 0;
+	session->is_counted = returned->is_counted;
+	session->address = address;
+	session->state = CONNECTED;
+	append(loop, &loop->connected, index);
+	public->open++;
+	/* Setting the masks makes what there is to be read an event. */
+	watch(loop, index, CLIENT, EPOLL_CTL_MOD, WATCH);
+	watch(loop, index, BACKEND, EPOLL_CTL_MOD, WATCH);
+	if (public->handover == SGW_AT_ONCE)
+		arm(loop, index);
+	return 0;
 }
 
 static bool watch_wire(struct loop *loop)

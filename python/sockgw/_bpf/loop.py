@@ -169,6 +169,23 @@ class CompiledLoop:
         """Go on with a session that a dead gateway left there; return how many that are."""
         return lib.sgw_loop_adopt(self._loop, place, workers)  # type: ignore[no-any-return]
 
+    def take_back(self, released: Released) -> bool:
+        """Go on with a session that was released; False, and nothing is changed, if it is reset."""
+        assert released.backend is not None  # noqa: S101 - it is connected
+        session = {
+            "client": released.client.fileno(),
+            "backend": released.backend.fileno(),
+            "turn": released.turn,
+            "age_ns": _ns(released.age_s),
+            "bytes": released.sent,
+            "is_counted": released.is_counted,
+        }
+        if lib.sgw_loop_return(self._loop, ffi.new("struct sgw_released *", session)):
+            return False
+        released.client.detach()
+        released.backend.detach()
+        return True
+
     def reset_wired(self, silent_s: float) -> int:
         """Reset those on wire that are silent for so long; to be repeated until that is 0."""
         return lib.sgw_loop_reset_wired(self._loop, _ns(silent_s))  # type: ignore[no-any-return]
@@ -254,6 +271,7 @@ def _released(record: Any) -> Released:  # noqa: ANN401 - struct sgw_released
         None if record.backend < 0 else _socket(record.backend, record.backend_family),
         record.is_connected,
         record.is_counted,
+        record.is_unfit,
         WAYS[record.way],
         record.error,
         record.age_ns / _NS,
