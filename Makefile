@@ -57,6 +57,7 @@ BENCH_NEEDS := \
 	/usr/lib/nginx/modules/ngx_stream_module.so:libnginx-mod-stream \
 	go:golang-go \
 	haproxy:haproxy \
+	ip:iproute2 \
 	iperf3:iperf3 \
 	nginx:nginx-light \
 	setpriv:util-linux \
@@ -182,9 +183,9 @@ test-unit test-kernel test-e2e:
 test-long: $(TEST_SETUP) $(BENCH_SETUP) ## Run every test, and those that take minutes too
 	@SOCKGW_TEST_LONG=1 $(BIN)/pytest $(PYTEST_ARGS)
 
-# Ctrl-C ends it, and every program that it runs.
+# Ctrl-C ends it, and every program that it runs. A part: make bench BENCH_ARGS="--help".
 .PHONY: bench bench-quick
-bench: $(BENCH_SETUP) ## Measure beside haproxy, nginx, Envoy, Go: 40 minutes; writes docs/benchmarks.md
+bench: $(BENCH_SETUP) ## Measure beside haproxy, nginx, Envoy, Go: 65 minutes; writes docs/benchmarks.md
 	@$(BIN)/python -m tests.bench $(BENCH_ARGS)
 bench-quick: $(BENCH_SETUP) ## The same in four minutes, into .bench/quick/
 	@$(BIN)/python -m tests.bench --quick $(BENCH_ARGS)

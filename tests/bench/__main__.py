@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, NoReturn
 from tqdm import tqdm
 
 from . import report
+from .network import NETWORKS
 from .opponents import OPPONENTS, work_directory
 from .plan import ALL, FULL, QUICK, Plan, Run
 from .processes import BenchError, end_on_signals
@@ -19,7 +20,7 @@ from .results import Results
 from .workloads import Timing
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Sequence
+    from collections.abc import Callable, Iterator, Sequence
 
 _DOCS = Path(__file__).parents[2] / "docs"
 _INTERRUPTED = 130
@@ -28,54 +29,73 @@ _INTERRUPTED = 130
 def main() -> int:
     """Carry out what the command line asks for; return the exit code."""
     options = _options()
-    plan = _plan(options)
-    output: Path = options.output or (_DOCS if plan == FULL else work_directory() / "quick")
+    plans = tuple(_plans(options))
+    output: Path = options.output or (_DOCS if plans == FULL else work_directory() / "quick")
     if options.report:
-        return _report(Results.load(options.report), output)
-    saved = work_directory() / "last.json"
+        return _report([Results.load(path) for path in options.report], output)
+    for plan in plans:
+        _saved(plan).unlink(missing_ok=True)
     end_on_signals()
     try:
-        run = Run(plan)
-        progress: tqdm[NoReturn]
-        with tqdm(total=run.cells, unit="run", disable=None, dynamic_ncols=True) as progress:
-            run.carry_out(progress, saved)
+        runs = [_carry_out(plan) for plan in plans]
     except BenchError as error:
         print(f"bench: {error}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
+        saved = ", ".join(str(_saved(plan)) for plan in plans)
         print(f"bench: interrupted; complete rounds, if any, are in {saved}", file=sys.stderr)
         return _INTERRUPTED
-    return _report(run.results, output)
+    return _report(runs, output)
 
 
-def _report(results: Results, output: Path) -> int:
-    path = report.write(results, output)
-    print(report.summary(results))
+def _carry_out(plan: Plan) -> Results:
+    run = Run(plan)
+    progress: tqdm[NoReturn]
+    with tqdm(total=run.cells, unit="run", disable=None, dynamic_ncols=True) as progress:
+        run.carry_out(progress, _saved(plan))
+    return run.results
+
+
+def _saved(plan: Plan) -> Path:
+    return work_directory() / f"last-{plan.network}.json"
+
+
+def _report(runs: Sequence[Results], output: Path) -> int:
+    path = report.write(runs, output)
+    print("\n\n".join(report.summary(results) for results in runs))
     print(f"\nAll of it: {path}")
-    return 0 if results.measurements else 1
+    return 0 if any(results.measurements for results in runs) else 1
 
 
-def _plan(options: argparse.Namespace) -> Plan:
-    plan = QUICK if options.quick else FULL
+def _plans(options: argparse.Namespace) -> Iterator[Plan]:
     changes = {
         name: value
         for name in ("workloads", "opponents", "rounds", "workers")
         if (value := getattr(options, name)) is not None
     }
-    timing = Timing(
-        plan.timing.warm_up_s if options.warm_up is None else options.warm_up,
-        plan.timing.duration_s if options.duration is None else options.duration,
-    )
-    return replace(plan, timing=timing, **changes)
+    for plan in QUICK if options.quick else FULL:
+        timing = Timing(
+            plan.timing.warm_up_s if options.warm_up is None else options.warm_up,
+            plan.timing.duration_s if options.duration is None else options.duration,
+        )
+        if plan.network in options.network:
+            yield replace(plan, timing=timing, **changes)
 
 
 def _options() -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         prog="python -m tests.bench",
-        description="Measure sockgw beside haproxy, nginx, Envoy, Go and no proxy, on loopback.",
+        description="Measure sockgw beside haproxy, nginx, Envoy, Go and no proxy.",
     )
     names = [opponent.name for opponent in OPPONENTS]
     parser.add_argument("--quick", action="store_true", help="less of it, within four minutes")
+    parser.add_argument(
+        "--network",
+        type=_names(tuple(NETWORKS)),
+        default=tuple(NETWORKS),
+        metavar="NAME,...",
+        help=f"of {', '.join(NETWORKS)}: where client, gateway and backend are; both",
+    )
     parser.add_argument(
         "--workloads", type=_names(ALL), metavar="NAME,...", help=f"of {', '.join(ALL)}"
     )
@@ -90,7 +110,11 @@ def _options() -> argparse.Namespace:
         *("--output", "-o"), type=Path, metavar="DIRECTORY", help="for benchmarks.md and the rest"
     )
     parser.add_argument(
-        "--report", type=Path, metavar="JSON", help="measure nothing: report these results"
+        "--report",
+        type=Path,
+        nargs="+",
+        metavar="JSON",
+        help="measure nothing: report these results, one of each network",
     )
     return parser.parse_args()
 

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING
 
 from . import accounting
 from .accounting import Spender
+from .network import NETWORKS
 from .processes import BenchError, Program, Programs
 from .results import Measurement
 
@@ -33,21 +34,24 @@ def measure(
 ) -> Measurement:
     """Measure `opponent` under `workload` once, in round `number`.
 
-    Raises BenchError when it does not work. Leaves no process behind.
+    Raises BenchError when it does not work. Leaves no process or namespace behind.
     """
     with (
         tempfile.TemporaryDirectory(prefix="sockgw-bench-") as directory,
-        Programs(Path(directory)) as programs,
+        NETWORKS[setting.network]() as network,
+        Programs(Path(directory), network.backend) as at_backend,
+        Programs(Path(directory), network.gateway) as at_gateway,
+        Programs(Path(directory), network.client) as at_client,
     ):
         memory_before = accounting.kernel_memory()
-        server = workload.start_server(programs, setting.workers, setting.nofile)
-        running = opponent.start(programs, server.port, setting)
-        holder = workload.hold_idle(programs, running.address, server)
+        server = workload.start_server(at_backend, setting.workers, setting.nofile)
+        running = opponent.start(at_gateway, server.address, setting)
+        holder = workload.hold_idle(at_client, running.address, server)
         warm_up = workload.warm_up(running.address, timing)
         if warm_up:
-            programs.start(*warm_up).output_of_end(within_s=timing.warm_up_s + _GRACE_S)
+            at_client.start(*warm_up).output_of_end(within_s=timing.warm_up_s + _GRACE_S)
 
-        load = programs.start(*workload.load(running.address, timing))
+        load = at_client.start(*workload.load(running.address, timing))
         spenders = {
             load.pid: Spender.LOAD,
             **({holder.pid: Spender.LOAD} if holder else {}),

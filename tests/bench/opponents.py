@@ -29,13 +29,14 @@ from .processes import (
     find,
     first_line,
     run,
-    unused_port,
     wait_until,
 )
-from .workloads import CONFIGS, HOST, fill, nginx
+from .workloads import CONFIGS, fill, nginx
 
 if TYPE_CHECKING:
     from collections.abc import Callable
+
+    from .network import Host
 
 SOCKGW_PATHS: Final = ("off", "splice", "wire")
 """The values of --accel that are measured. A new path is added here."""
@@ -47,6 +48,8 @@ _SPARE_FDS: Final = 200  # listeners, epolls, logs, libraries
 class Setting:
     """What an opponent must cope with."""
 
+    network: str
+    """Which of `NETWORKS`."""
     workers: int
     connections: int
     nofile: int
@@ -73,8 +76,8 @@ class Opponent(abc.ABC):
     """Whether it is one of those that sockgw must beat."""
 
     @abc.abstractmethod
-    def start(self, programs: Programs, backend_port: int, setting: Setting) -> Running:
-        """Start it in front of the backend.
+    def start(self, programs: Programs, backend: str, setting: Setting) -> Running:
+        """Start it in front of the address `backend`.
 
         Raises BenchError when it does not work.
         """
@@ -95,10 +98,10 @@ class Nobody(Opponent):
     name = "none"
     title = "no proxy"
 
-    def start(self, programs: Programs, backend_port: int, setting: Setting) -> Running:
+    def start(self, programs: Programs, backend: str, setting: Setting) -> Running:
         """Start nothing."""
         del programs, setting
-        return Running(f"{HOST}:{backend_port}")
+        return Running(backend)
 
     def version(self) -> str:
         """Return what there is to say."""
@@ -112,19 +115,19 @@ class Haproxy(Opponent):
     title = "haproxy, splice-auto"
     is_contender = True
 
-    def start(self, programs: Programs, backend_port: int, setting: Setting) -> Running:
+    def start(self, programs: Programs, backend: str, setting: Setting) -> Running:
         """Start one process, or one a worker where one has too few descriptors."""
         processes = 1 if self._fds(setting.connections) < setting.nofile else setting.workers
-        port = unused_port()
+        address = programs.unused_address()
         path = fill(
             programs.directory,
             "haproxy.cfg",
             threads=setting.workers // processes,
-            port=port,
-            backend_port=backend_port,
+            listen=address,
+            backend=backend,
         )
         command = [find("haproxy"), "-db", "-f", str(path)]
-        return Running(f"{HOST}:{port}", _start_all(programs, command, port, processes))
+        return Running(address, _start_all(programs, command, address, processes))
 
     def obstacle(self, setting: Setting) -> str | None:
         """Return that even one process for each worker has too few descriptors."""
@@ -146,19 +149,19 @@ class Nginx(Opponent):
     title = "nginx stream"
     is_contender = True
 
-    def start(self, programs: Programs, backend_port: int, setting: Setting) -> Running:
+    def start(self, programs: Programs, backend: str, setting: Setting) -> Running:
         """Start a master with its workers, which are processes."""
-        port = unused_port()
+        address = programs.unused_address()
         path = fill(
             programs.directory,
             "nginx.conf",
             workers=setting.workers,
             nofile=setting.nofile,
             modules=self._modules(),
-            port=port,
-            backend_port=backend_port,
+            listen=address,
+            backend=backend,
         )
-        return Running(f"{HOST}:{port}", (programs.start(*nginx(path), listens_on=port),))
+        return Running(address, (programs.start(*nginx(path), listens_on=address),))
 
     def obstacle(self, setting: Setting) -> str | None:
         """Return that a worker's descriptors are too few."""
@@ -185,18 +188,26 @@ class Envoy(Opponent):
     title = "Envoy tcp_proxy"
     is_contender = True
 
-    def start(self, programs: Programs, backend_port: int, setting: Setting) -> Running:
+    def start(self, programs: Programs, backend: str, setting: Setting) -> Running:
         """Start one process, or one a worker where one has too few descriptors."""
         processes = 1 if self._fds(setting.connections) < setting.nofile else setting.workers
-        port = unused_port()
-        path = fill(programs.directory, "envoy.yaml", port=port, backend_port=backend_port)
+        address = programs.unused_address()
+        host, _, port = address.rpartition(":")
+        backend_host, _, backend_port = backend.rpartition(":")
+        path = fill(
+            programs.directory,
+            "envoy.yaml",
+            host=host,
+            port=port,
+            backend_host=backend_host,
+            backend_port=backend_port,
+        )
         threads = setting.workers // processes
         command = [
             *(self._binary(), "-c", str(path), "--concurrency", str(threads)),
             *("--disable-hot-restart", "--log-level", "error"),
         ]
-        running = _start_all(programs, command, port, processes, sockets=threads)
-        return Running(f"{HOST}:{port}", running)
+        return Running(address, _start_all(programs, command, address, processes, sockets=threads))
 
     def obstacle(self, setting: Setting) -> str | None:
         """Return that even one process for each worker has too few descriptors."""
@@ -226,15 +237,15 @@ class GoCopy(Opponent):
     name = "go"
     title = "Go io.Copy"
 
-    def start(self, programs: Programs, backend_port: int, setting: Setting) -> Running:
+    def start(self, programs: Programs, backend: str, setting: Setting) -> Running:
         """Start one process, or as many as its descriptors take."""
         processes = -(-self._fds(setting.connections) // setting.nofile)
-        port = unused_port()
-        command = [str(self._built()), f"{HOST}:{port}", f"{HOST}:{backend_port}"]
+        address = programs.unused_address()
+        command = [str(self._built()), address, backend]
         threads = max(1, setting.workers // processes)
         environment = {"GOMAXPROCS": str(threads)}
-        running = _start_all(programs, command, port, processes, environment=environment)
-        return Running(f"{HOST}:{port}", running)
+        running = _start_all(programs, command, address, processes, environment=environment)
+        return Running(address, running)
 
     def version(self) -> str:
         """Build it, and return the compiler's own words."""
@@ -271,14 +282,14 @@ class Sockgw(Opponent):
         self.name = f"sockgw-{accel}"
         self.title = f"sockgw {accel}"
 
-    def start(self, programs: Programs, backend_port: int, setting: Setting) -> Running:
+    def start(self, programs: Programs, backend: str, setting: Setting) -> Running:
         """Start `sockgw run`; with worker processes, where this version has them."""
         workers = ["--threads", str(setting.workers)]
         if _sockgw_has_processes():
             workers = ["--processes", str(setting.workers), "--threads", "1"]
         program = programs.start(
-            *(_sockgw(), "run", "--listen", f"{HOST}:0", "--backend", f"{HOST}:{backend_port}"),
-            *("--accel", self.accel, "--metrics", f"{HOST}:0", *workers),
+            *(_sockgw(), "run", "--listen", f"{programs.host.address}:0", "--backend", backend),
+            *("--accel", self.accel, "--metrics", "127.0.0.1:0", *workers),
         )
         ready = re.compile(r"listening on (\S+), .*path (\w+), metrics ([^\s,]+)")
 
@@ -293,7 +304,7 @@ class Sockgw(Opponent):
         line = said()
         if line is None:
             raise BenchError(f"sockgw: {program.complaint()}")
-        return Running(line[1], (program,), lambda: _gateway_counts(line[3]))
+        return Running(line[1], (program,), lambda: _gateway_counts(programs.host, line[3]))
 
     def obstacle(self, setting: Setting) -> str | None:
         """Return that the descriptors are too few for one process, where it must be one."""
@@ -328,18 +339,18 @@ def work_directory() -> Path:
 def _start_all(
     programs: Programs,
     command: list[str],
-    port: int,
+    address: str,
     processes: int,
     *,
     sockets: int = 1,
     environment: dict[str, str] | None = None,
 ) -> tuple[Program, ...]:
-    """Start `processes` of the same on one port, each with so many listening sockets."""
+    """Start `processes` of the same on one address, each with so many listening sockets."""
     started: list[Program] = []
     for _ in range(processes):
         program = programs.start(*command, environment=environment)
         started.append(program)
-        programs.await_listener(program, port, sockets=sockets * len(started))
+        programs.await_listener(program, address, sockets=sockets * len(started))
     return tuple(started)
 
 
@@ -378,9 +389,9 @@ def _sockgw_has_processes() -> bool:
     return "--processes" in run(_sockgw(), "run", "--help").stdout
 
 
-def _gateway_counts(url: str) -> dict[str, Any]:
+def _gateway_counts(host: Host, url: str) -> dict[str, Any]:
     """Return the samples of gateway_* that are not 0, by name and labels."""
-    with urllib.request.urlopen(url, timeout=START_S) as answer:  # noqa: S310 - from its log
+    with host.entered(), urllib.request.urlopen(url, timeout=START_S) as answer:  # noqa: S310 - from its log
         lines = answer.read().decode().splitlines()
     samples = (line.rpartition(" ") for line in lines if line.startswith("gateway_"))
     return {

@@ -34,7 +34,10 @@ _PLOTS: Final[dict[str, tuple[str, bool, Callable[[Measurement], float]]]] = {
 _DPI: Final = 140
 _COLOURS_IN_FILE: Final = 64
 # Ours are drawn strongest; the order is that of the tables.
-_COLOURS: Final = ("0.6", "#4477aa", "#228833", "#aa3377", "#66ccee", "#ccbb44", "#ee6677")
+_COLOURS: Final = (
+    *("0.6", "#4477aa", "#228833", "#aa3377", "#66ccee"),
+    *("#ccbb44", "#ee6677", "#222255"),
+)
 
 
 def draw(results: Results, directory: Path) -> list[Path]:

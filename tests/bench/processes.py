@@ -28,6 +28,8 @@ if TYPE_CHECKING:
 
     from typing_extensions import Self
 
+    from .network import Host
+
 START_S = 20.0
 """How long a program may take until it listens."""
 _STOP_S = 10.0
@@ -117,11 +119,12 @@ class Program:
 
 
 class Programs:
-    """Every program of one measurement; a context that none of them outlives."""
+    """The programs of one host in a measurement; a context that none of them outlives."""
 
-    def __init__(self, directory: Path) -> None:
-        """Keep configurations and outputs in `directory`."""
+    def __init__(self, directory: Path, host: Host) -> None:
+        """Start them on `host`, and keep configurations and outputs in `directory`."""
         self.directory = directory
+        self.host = host
         self._running: list[Program] = []
 
     def __enter__(self) -> Self:
@@ -135,27 +138,54 @@ class Programs:
                 program.stop()
 
     def start(
-        self, *command: str, listens_on: int = 0, environment: Mapping[str, str] | None = None
+        self, *command: str, listens_on: str = "", environment: Mapping[str, str] | None = None
     ) -> Program:
-        """Start a program, and wait until it listens on the port `listens_on`, if given.
+        """Start a program, and wait until it listens on the address `listens_on`, if given.
 
         Raises BenchError, with the program's last line, if it does not.
         """
-        program = Program(command, self.directory, environment or {})
+        with self.host.entered():
+            program = Program(command, self.directory, environment or {})
         self._running.append(program)
         if listens_on:
             self.await_listener(program, listens_on)
         return program
 
-    def await_listener(self, program: Program, port: int, *, sockets: int = 1) -> None:
-        """Wait until `sockets` sockets listen on `port`, while `program` lives."""
+    def await_listener(self, program: Program, address: str, *, sockets: int = 1) -> None:
+        """Wait until `sockets` sockets listen on `address`, while `program` lives."""
         wait_until(
-            lambda: program.has_ended or listeners(port) >= sockets,
+            lambda: program.has_ended or self._listeners(address) >= sockets,
             within_s=START_S,
-            what=f"{program.name} did not listen on port {port}",
+            what=f"{program.name} did not listen on {address}",
         )
         if program.has_ended:
             raise BenchError(f"{program.name}: {program.complaint()}")
+
+    def unused_address(self) -> str:
+        """Return the host's address with a port that nobody has bound."""
+        with self.host.entered():
+            while True:
+                port = random.randint(_FIRST_PORT, _LAST_PORT)
+                with socket.socket() as probe, contextlib.suppress(OSError):
+                    probe.bind((self.host.address, port))
+                    return f"{self.host.address}:{port}"
+
+    def _listeners(self, address: str) -> int:
+        """Return how many sockets listen on the port of the IPv4 `address`.
+
+        Asks the kernel: a connection would count as a client with iperf3 and
+        sockperf. The table begins with the listening sockets.
+        """
+        port = int(address.rpartition(":")[2])
+        found = 0
+        with self.host.entered(), Path("/proc/thread-self/net/tcp").open() as table:
+            next(table)
+            for line in table:
+                _number, local, _remote, state, *_rest = line.split()
+                if state != _LISTEN_STATE:
+                    break
+                found += int(local.rpartition(":")[2], 16) == port
+        return found
 
 
 def wait_until(is_so: Callable[[], bool], *, within_s: float, what: str) -> None:
@@ -165,32 +195,6 @@ def wait_until(is_so: Callable[[], bool], *, within_s: float, what: str) -> None
         if time.monotonic() > until_s:
             raise BenchError(f"{what} within {within_s:.0f} s")
         time.sleep(_LOOK_EVERY_S)
-
-
-def listeners(port: int) -> int:
-    """Return how many sockets listen on the IPv4 `port`.
-
-    Asks the kernel: a connection would count as a client with iperf3 and
-    sockperf. /proc/net/tcp begins with the listening sockets.
-    """
-    found = 0
-    with Path("/proc/net/tcp").open() as table:
-        next(table)
-        for line in table:
-            _number, local, _remote, state, *_rest = line.split()
-            if state != _LISTEN_STATE:
-                break
-            found += int(local.rpartition(":")[2], 16) == port
-    return found
-
-
-def unused_port() -> int:
-    """Return a port of 127.0.0.1 that nobody has bound."""
-    while True:
-        port = random.randint(_FIRST_PORT, _LAST_PORT)
-        with socket.socket() as probe, contextlib.suppress(OSError):
-            probe.bind(("127.0.0.1", port))
-            return port
 
 
 def find(program: str) -> str:

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import statistics
+from collections import Counter
 from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
@@ -28,15 +29,38 @@ from .targets import (
 from .workloads import WORKLOADS, Workload
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Iterator
+    from collections.abc import Iterable, Iterator, Sequence
 
 _METHOD: Final = Path(__file__).parent / "method.md"
 _NOTES: Final = Path(__file__).parent / "notes.md"
 """Written by hand, and on the page of every full run once there is more than its heading."""
+_HEAD: Final = """\
+# sockgw beside haproxy, nginx, Envoy, Go and no proxy
+
+How much comes through from a client to a server, how late, and what it costs the whole machine.
+Public tools make the load; the proxies take turns, in the same run.
+"""
 _MIB: Final = 1 << 20
 _NOISE: Final = 0.05
 """Share of the machine that, taken by others, makes a figure doubtful."""
-_MANY_SESSIONS: Final = 1000
+_ON_PATH: Final = 0.95
+"""Share of a column's sessions and bytes that must have been on the path it is named after."""
+_MANY_SESSIONS: Final = 200
+"""From so many on sessions count: wrk opens one before each run that asks for nothing."""
+_NETWORKS: Final = {
+    "loopback": (
+        "Over loopback",
+        "Client, proxy and server on one machine, at 127.0.0.1.",
+    ),
+    "namespaces": (
+        "Between network namespaces",
+        (
+            "Client, proxy and server each in a network namespace, on one machine, with veth links"
+            " from client and server to the proxy's, which routes for those with no proxy. The"
+            " workloads and the opponents are those that say most of wire."
+        ),
+    ),
+}
 _TITLES: Final = {one.name: one.title for one in OPPONENTS}
 _WORKLOADS: Final = {one.name: one for one in WORKLOADS}
 
@@ -59,49 +83,70 @@ _CLAIM_UNITS: Final = {
 }
 _CLAIMED_AT: Final = "keepalive-10000"
 _REPEAT: Final = """\
-`make bench`, on a machine that does nothing else, installs what is missing, takes 40 minutes
+`make bench`, on a machine that does nothing else, installs what is missing, takes 65 minutes
 and rewrites this page; what it says of missed rows comes from [notes.md](../tests/bench/notes.md).
 `make bench-quick` takes four minutes and writes to `.bench/quick/`. A part:
 
 ```
-.venv/bin/python -m tests.bench --rounds 3 --output /tmp/bench \\
-    --workloads keepalive-1000 --opponents haproxy,sockgw-splice
+make bench BENCH_ARGS="--network namespaces --rounds 3 --duration 2 --output /tmp/bench \\
+    --workloads keepalive-1000 --opponents haproxy,sockgw-wire"
 ```
 
-Each of this run's {count} measurements, with the settings, and what each gateway counted, is in
-[results.json](benchmarks/results.json)."""
+and a page of results that two runs have saved:
+
+```
+.venv/bin/python -m tests.bench --output docs --report .bench/last-*.json
+```
+
+Each measurement, with the settings, and what each gateway counted: {files}."""
 
 
-def write(results: Results, directory: Path) -> Path:
+def write(runs: Sequence[Results], directory: Path) -> Path:
     """Write benchmarks.md, and beside it benchmarks/ with plots and JSON; return the former."""
-    beside = directory / "benchmarks"
-    beside.mkdir(parents=True, exist_ok=True)
-    results.dump(beside / "results.json")
-    pictures = plots.draw(results, beside)
     path = directory / "benchmarks.md"
     sections = (
-        _head(results),
-        _overview_section(results),
-        _target_section(results),
-        _NOTES.read_text().replace("# ", "## ", 1) if _has_notes(results) else "",
-        _loss_section(results),
-        _claim_section(results),
-        _idle_section(results),
-        _picture_section(path.parent, pictures),
-        _omission_section(results),
+        _HEAD,
+        *(section for results in runs for section in _run_sections(results, directory)),
+        _NOTES.read_text().replace("# ", "## ", 1) if _has_notes(runs) else "",
         "## Everything\n",
-        *(_workload_section(results, workload) for workload in WORKLOADS),
+        *(section for results in runs for section in _detail_sections(results)),
         f"## Method\n\n{_METHOD.read_text()}",
-        _version_section(results),
-        _repeat_section(results),
+        _version_section(runs),
+        _repeat_section(runs),
     )
     path.write_text("\n".join(section for section in sections if section))
     return path
 
 
+def _run_sections(results: Results, directory: Path) -> Iterator[str]:
+    beside = _beside(results, directory)
+    beside.mkdir(parents=True, exist_ok=True)
+    results.dump(beside / "results.json")
+    yield _run_head(results)
+    yield _overview_section(results)
+    yield _target_section(results)
+    yield _path_section(results)
+    yield _loss_section(results)
+    yield _claim_section(results)
+    yield _idle_section(results)
+    yield _picture_section(directory, plots.draw(results, beside))
+    yield _omission_section(results)
+
+
+def _detail_sections(results: Results) -> Iterator[str]:
+    if results.measurements:
+        yield f"### {_NETWORKS[results.settings['network']][0]}\n"
+    for workload in WORKLOADS:
+        yield _workload_section(results, workload)
+
+
+def _beside(results: Results, directory: Path) -> Path:
+    return directory / "benchmarks" / results.settings["network"]
+
+
 def summary(results: Results) -> str:
-    """Return what a terminal is told: throughput and p99, then the targets."""
-    lines = []
+    """Return what a terminal is told: throughput and p99, and what makes them doubtful."""
+    lines = [_NETWORKS[results.settings["network"]][0]]
     for workload in WORKLOADS:
         rows = [
             (name, results.of(workload.name, name))
@@ -120,22 +165,23 @@ def summary(results: Results) -> str:
             )
     lines.append("")
     lines += [f"not measured: {line}" for line in _omissions(results)]
+    lines += [
+        f"off its path: {', '.join(cells[:2])}: {cells[2]} sessions, {cells[3]} bytes"
+        for cells in _off_path(results)
+    ]
     lines += _noise(results)
-    return "\n".join(lines).lstrip("\n")
+    return "\n".join(lines)
 
 
-def _head(results: Results) -> str:
+def _run_head(results: Results) -> str:
     machine, settings = results.machine, results.settings
     timing = settings["timing"]
     rounds = max((one.round for one in results.measurements), default=0)
+    heading, setup = _NETWORKS[settings["network"]]
     lines = [
-        "# sockgw beside haproxy, nginx, Envoy, Go and no proxy",
+        f"## {heading}",
         "",
-        (
-            "A client, a proxy and a server on one machine, over loopback: how much comes through,"
-            " how late, and what it costs the whole machine. Public tools make the load; the"
-            " proxies take turns, in the same run."
-        ),
+        setup,
         "",
         (
             f"{'All' if settings['is_full'] else 'A part'} of the benchmark, run at"
@@ -183,6 +229,8 @@ def _overview_section(results: Results) -> str:
         )
         if medians:
             rows.append(f"| {workload.title} | {workload.unit} | {' | '.join(cells)} |")
+    if not rows:
+        return ""
     return _section(
         "Throughput in one table",
         "Bold: the fastest proxy.",
@@ -193,28 +241,34 @@ def _overview_section(results: Results) -> str:
     )
 
 
-def _version_section(results: Results) -> str:
+def _version_section(runs: Sequence[Results]) -> str:
+    versions = {name: version for results in runs for name, version in results.versions.items()}
     return _section(
         "Versions",
         "| | |",
         "|---|---|",
         *(
             f"| {_TITLES.get(name, name)} | {version} |"
-            for name, version in results.versions.items()
+            for name, version in versions.items()
             if name != "none"
         ),
+        level=2,
     )
 
 
-def _has_notes(results: Results) -> bool:
+def _has_notes(runs: Sequence[Results]) -> bool:
     _heading, _, notes = _NOTES.read_text().partition("\n")
-    return results.settings["is_full"] and bool(notes.strip())
+    return any(results.settings["is_full"] for results in runs) and bool(notes.strip())
 
 
 def _target_section(results: Results) -> str:
     rows = []
-    for target in targets():
-        if target.workload not in results.settings["workloads"]:
+    for target in targets(results.settings["network"]):
+        is_wanted = (
+            target.workload in results.settings["workloads"]
+            and f"sockgw-{target.accel}" in results.settings["opponents"]
+        )
+        if not is_wanted:
             continue
         found, against = target.found(results)
         sign = "≥" if target.figure.more_is_better else "≤"
@@ -229,8 +283,8 @@ def _target_section(results: Results) -> str:
     return _section(
         "What sockgw must reach",
         (
-            "Ratios against the best of haproxy, nginx and Envoy in that figure; beside idle"
-            " sessions, against sockgw without them."
+            "Ratios against the best of haproxy, nginx and Envoy in that figure, or against who is"
+            " named; beside idle sessions, against sockgw without them."
         ),
         "",
         "| workload | of | path | wanted | found | against | reached |",
@@ -302,6 +356,8 @@ def _idle_section(results: Results) -> str:
 
 
 def _loss_section(results: Results) -> str:
+    if not results.measurements:
+        return ""
     rows = []
     for workload in WORKLOADS:
         for accel in SOCKGW_PATHS:
@@ -367,25 +423,48 @@ def _workload_section(results: Results, workload: Workload) -> str:
     heading = workload.title[0].upper() + workload.title[1:]
     header = f"| {' | '.join(cells)} |"
     rule = "|---" + "|---:" * (len(cells) - 1) + "|"
-    return "\n".join(
-        (f"### {heading}", "", header, rule, *rows, "", *_relayed_lines(results, workload))
+    return _section(heading, header, rule, *rows, level=4)
+
+
+def _path_section(results: Results) -> str:
+    rows = [f"| {' | '.join(cells)} |" for cells in _off_path(results)]
+    if not rows:
+        return ""
+    return _section(
+        "Where a column is not what it is called",
+        (
+            f"Less than {_ON_PATH:.0%} of the sessions, or of the bytes, were on the path that the"
+            " column is named after, warm-up and the opening of connections included; the others"
+            " were on a slower one. By sockgw's own metrics."
+        ),
+        "",
+        "| workload | column | sessions on its path | bytes on its path |",
+        "|---|---|---:|---:|",
+        *rows,
     )
 
 
-def _relayed_lines(results: Results, workload: Workload) -> list[str]:
-    """Say how few of splice's sessions were spliced, if so and they are many."""
-    counted = [one.sessions() for one in results.of(workload.name, "sockgw-splice")]
-    spliced = sum(one.get("splice", 0) for one in counted)
-    sessions = sum(sum(one.values()) for one in counted)
-    if sessions < _MANY_SESSIONS or spliced >= 0.99 * sessions:
-        return []
-    return [
-        (
-            f"With splice, {spliced / sessions:.0%} of all {sessions:,.0f} sessions (warm-up"
-            " included) were spliced; the others were relayed."
-        ),
-        "",
-    ]
+def _off_path(results: Results) -> Iterator[tuple[str, str, str, str]]:
+    """Yield workload, column and the shares of its sessions and bytes on its path, if too few."""
+    for workload in WORKLOADS:
+        for accel in SOCKGW_PATHS[1:]:  # the first is the relay, which is the slowest
+            name = f"sockgw-{accel}"
+            found = results.of(workload.name, name)
+            sessions, moved = (
+                sum((one.by_path(metric) for one in found), Counter())
+                for metric in ("gateway_sessions_total", "gateway_bytes_total")
+            )
+            of_sessions, of_bytes = (
+                counts[accel] / max(1, counts.total()) for counts in (sessions, moved)
+            )
+            are_many = sessions.total() >= _MANY_SESSIONS
+            if found and (of_bytes < _ON_PATH or (are_many and of_sessions < _ON_PATH)):
+                yield (
+                    workload.title,
+                    _TITLES[name],
+                    f"{of_sessions:.1%} of {sessions.total():,}",
+                    f"{of_bytes:.1%}",
+                )
 
 
 def _row(
@@ -430,8 +509,10 @@ def _omissions(results: Results) -> list[str]:
     ]
 
 
-def _repeat_section(results: Results) -> str:
-    return _section("Repeat it", _REPEAT.format(count=len(results.measurements)))
+def _repeat_section(runs: Sequence[Results]) -> str:
+    files = (_beside(results, Path()) / "results.json" for results in runs)
+    links = ", ".join(f"[{file.parent.name}]({file})" for file in files)
+    return _section("Repeat it", _REPEAT.format(files=links), level=2)
 
 
 def _noise(results: Results) -> list[str]:
@@ -451,8 +532,8 @@ def _errors(found: Iterable[Measurement]) -> int:
     return sum(one.errors for one in found)
 
 
-def _section(heading: str, *lines: str) -> str:
-    return "\n".join((f"## {heading}", "", *lines, ""))
+def _section(heading: str, *lines: str, level: int = 3) -> str:
+    return "\n".join((f"{'#' * level} {heading}", "", *lines, ""))
 
 
 def _ratio(found: Spread) -> str:

@@ -78,11 +78,11 @@ class Measurement:
         """Context switches of the whole machine for one operation."""
         return self.spent.machine_switches / self.operations
 
-    def sessions(self) -> Counter[str]:
-        """Return how many sessions took each path, by sockgw's own count."""
+    def by_path(self, metric: str) -> Counter[str]:
+        """Return a count of sockgw's own for each path, since it was started."""
         counted: Counter[str] = Counter()
         for name, value in self.facts.items():
-            path = re.match(r'gateway_sessions_total\{.*\bpath="(\w+)"', name)
+            path = re.match(rf'{metric}\{{.*\bpath="(\w+)"', name)
             if path:
                 counted[path[1]] += int(value)
         return counted

@@ -9,6 +9,7 @@ an address. Each is bounded by its tool's own clock.
 from __future__ import annotations
 
 import abc
+import functools
 import json
 import re
 import socket
@@ -24,16 +25,16 @@ from .processes import (
     Programs,
     find,
     first_line,
-    unused_port,
     wait_until,
 )
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
+    from .network import Host
+
 CONFIGS = Path(__file__).parent / "configs"
 _HOLDER = Path(__file__).parent / "idle.py"
-HOST = "127.0.0.1"
 BODY_BYTES: Final = 1024
 _MESSAGE_BYTES: Final = 64
 _MESSAGES_PER_S: Final = 10_000
@@ -71,7 +72,7 @@ class Found:
 class Server:
     """A running backend."""
 
-    port: int
+    address: str
     program: Program
     status: Callable[[], tuple[int, int]] | None = None
     """Returns its open connections and the requests it has served, if it counts them."""
@@ -157,19 +158,20 @@ class Http(Workload):
 
     def start_server(self, programs: Programs, workers: int, nofile: int) -> Server:
         """Start nginx with 1 KiB to give."""
-        port, status_port = unused_port(), unused_port()
+        address, status_address = programs.unused_address(), programs.unused_address()
         path = fill(
             programs.directory,
             "backend.conf",
-            port=port,
-            status_port=status_port,
+            listen=address,
+            status=status_address,
             workers=workers,
             nofile=nofile,
             body="x" * BODY_BYTES,
         )
-        program = programs.start(*nginx(path), listens_on=port)
+        program = programs.start(*nginx(path), listens_on=address)
         open_connections = self.connections + self.idle if self.keep_alive else 0
-        return Server(port, program, lambda: _stub_status(status_port), open_connections)
+        status = functools.partial(_stub_status, programs.host, status_address)
+        return Server(address, program, status, open_connections)
 
     def warm_up(self, address: str, timing: Timing) -> list[str] | None:
         """Return the same load, for less time."""
@@ -233,9 +235,10 @@ class Bulk(Workload):
 
     def start_server(self, programs: Programs, workers: int, nofile: int) -> Server:
         """Start an iperf3 server, which has one thread."""
-        port = unused_port()
-        program = programs.start("iperf3", "-s", "-B", HOST, "-p", str(port), listens_on=port)
-        return Server(port, program)
+        address = programs.unused_address()
+        host, _, port = address.rpartition(":")
+        program = programs.start("iperf3", "-s", "-B", host, "-p", port, listens_on=address)
+        return Server(address, program)
 
     def load(self, address: str, timing: Timing) -> list[str]:
         """Return iperf3's command line."""
@@ -291,11 +294,12 @@ class Messages(Workload):
 
     def start_server(self, programs: Programs, workers: int, nofile: int) -> Server:
         """Start a sockperf server, which has one thread."""
-        port = unused_port()
+        address = programs.unused_address()
+        host, _, port = address.rpartition(":")
         program = programs.start(
-            *("sockperf", "server", "--tcp", "-i", HOST, "-p", str(port)), listens_on=port
+            *("sockperf", "server", "--tcp", "-i", host, "-p", port), listens_on=address
         )
-        return Server(port, program)
+        return Server(address, program)
 
     def load(self, address: str, timing: Timing) -> list[str]:
         """Return sockperf's command line."""
@@ -389,9 +393,10 @@ def tool_versions() -> dict[str, str]:
     return {name: first_line(find(command), option) for name, (command, option) in asks.items()}
 
 
-def _stub_status(port: int) -> tuple[int, int]:
+def _stub_status(host: Host, address: str) -> tuple[int, int]:
     """Return nginx's open connections and requests so far, without the asking itself."""
-    with socket.create_connection((HOST, port), timeout=_STATUS_TIMEOUT_S) as sock:
+    name, _, port = address.rpartition(":")
+    with host.entered(), socket.create_connection((name, int(port)), _STATUS_TIMEOUT_S) as sock:
         sock.sendall(b"GET / HTTP/1.0\r\n\r\n")
         answer = b""
         while part := sock.recv(4096):

@@ -29,10 +29,11 @@ _PICTURE_BYTES = 100_000  # they are committed with every full run
 _BRIEF = ("--rounds", "1", "--duration", "1", "--warm-up", "0")
 
 
-def start_bench(*options: str, output: Path) -> subprocess.Popen[str]:
+def start_bench(*options: str, output: Path, network: str = "loopback") -> subprocess.Popen[str]:
     """Start the harness; `output` also marks the processes that it starts."""
+    options = (*_BRIEF, *options, "--network", network, "--output", str(output))
     return subprocess.Popen(
-        [sys.executable, "-m", "tests.bench", *_BRIEF, *options, "--output", str(output)],
+        [sys.executable, "-m", "tests.bench", *options],
         cwd=_ROOT,
         # Its directory is in the command lines and environments of all that it starts.
         env={**os.environ, "TMPDIR": str(output)},
@@ -56,9 +57,9 @@ def processes_of(output: Path) -> Iterator[str]:
             continue
 
 
-def run_bench(*options: str, output: Path) -> dict[str, Any]:
+def run_bench(*options: str, output: Path, network: str = "loopback") -> dict[str, Any]:
     """Run the harness to its end and return its results."""
-    bench = start_bench(*options, output=output)
+    bench = start_bench(*options, output=output, network=network)
     try:
         said, _ = bench.communicate(timeout=_WITHIN_S)
     finally:
@@ -68,7 +69,8 @@ def run_bench(*options: str, output: Path) -> dict[str, Any]:
         pytest.skip(said.strip().splitlines()[-1])
     assert bench.returncode == 0, said
     assert not list(processes_of(output))
-    results: dict[str, Any] = json.loads((output / "benchmarks/results.json").read_text())
+    saved = output / "benchmarks" / network / "results.json"
+    results: dict[str, Any] = json.loads(saved.read_text())
     return results
 
 
@@ -94,7 +96,8 @@ def assert_is_whole(one: dict[str, Any]) -> None:
     assert one["spent"]["window_s"] > 0, what
     assert cpu_s["load"] > 0, what
     assert cpu_s["backend"] > 0, what
-    if is_proxy and one["opponent"] != "sockgw-splice":  # whose own threads may do nothing
+    # The threads of a path that passes them by may do nothing.
+    if is_proxy and one["opponent"] not in {"sockgw-splice", "sockgw-wire"}:
         assert cpu_s["gateway"] > 0, what
     assert (one["resident_bytes"] > 0) is is_proxy, what
     assert bool(one["facts"]) is one["opponent"].startswith("sockgw"), what
@@ -125,10 +128,11 @@ def test_a_short_run_reports_everything(tmp_path: Path, splice_verdict: str) -> 
 
     page = (tmp_path / "benchmarks.md").read_text()
     headings = (
-        "## Throughput in one table",
-        "## What sockgw must reach",
-        "## Where sockgw loses",
-        "### One bulk stream to the backend",
+        "## Over loopback",
+        "### Throughput in one table",
+        "### What sockgw must reach",
+        "### Where sockgw loses",
+        "#### One bulk stream to the backend",
         "## Method",
         "## Repeat it",
     )
@@ -139,10 +143,10 @@ def test_a_short_run_reports_everything(tmp_path: Path, splice_verdict: str) -> 
         assert details.count(f"\n| {name}") >= len(workloads), name
     assert "nan" not in re.findall(r"\w+", page)
     for plot in ("throughput", "p99", "cpu"):
-        picture = (tmp_path / "benchmarks" / f"{plot}.png").read_bytes()
+        picture = (tmp_path / "benchmarks/loopback" / f"{plot}.png").read_bytes()
         assert picture.startswith(b"\x89PNG")
         assert len(picture) < _PICTURE_BYTES
-        assert f"(benchmarks/{plot}.png)" in page
+        assert f"(benchmarks/loopback/{plot}.png)" in page
 
 
 def test_messages_are_measured(tmp_path: Path) -> None:
@@ -153,13 +157,30 @@ def test_messages_are_measured(tmp_path: Path) -> None:
     assert_is_whole(one)
 
 
+@pytest.mark.usefixtures("root", "kernel_path")
+def test_namespaces_are_measured(tmp_path: Path) -> None:
+    """Between namespaces, requests are routed, proxied and translated without an error."""
+    opponents = ("none", "haproxy", "sockgw-wire")
+    results = run_bench(
+        *("--workloads", "keepalive-100", "--opponents", ",".join(opponents)),
+        output=tmp_path,
+        network="namespaces",
+    )
+    found = measured(results)
+    assert [one["opponent"] for one in found] == list(opponents)
+    for one in found:
+        assert_is_whole(one)
+    assert found[-1]["facts"]['gateway_bytes_total{direction="to_client",path="wire"}'] > 0
+    assert "\n## Between network namespaces\n" in (tmp_path / "benchmarks.md").read_text()
+
+
 # These install a Go compiler and Envoy first, or take long: `make test-long`, not `make test`.
 @pytest.mark.long
 @pytest.mark.usefixtures("kernel_path")
 def test_every_opponent_is_measured(tmp_path: Path) -> None:
     """Each opponent serves wrk's requests without an error, and its CPU time is known."""
     found = measured(run_bench("--workloads", "keepalive-100", output=tmp_path))
-    expected = "none haproxy nginx envoy go sockgw-off sockgw-splice"
+    expected = "none haproxy nginx envoy go sockgw-off sockgw-splice sockgw-wire"
     assert [one["opponent"] for one in found] == expected.split()
     for one in found:
         assert_is_whole(one)
@@ -178,13 +199,20 @@ def test_idle_sessions_are_held(tmp_path: Path) -> None:
     slab = {(one["workload"], one["opponent"]): one["slab_bytes"] for one in found}
     # Two sockets, each of more than 2 KiB, for a session of 10,000.
     assert slab["idle-10000", "nginx"] - slab["keepalive-100", "nginx"] > 2 * 2048 * 10_000
-    assert "\n## Beside idle sessions\n" in (tmp_path / "benchmarks.md").read_text()
+    assert "\n### Beside idle sessions\n" in (tmp_path / "benchmarks.md").read_text()
 
 
+@pytest.mark.parametrize("network", ["loopback", "namespaces"])
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGKILL])
-def test_an_interrupt_leaves_no_process_behind(tmp_path: Path, number: signal.Signals) -> None:
-    """Ctrl-C and even SIGKILL end everything that the harness has started."""
-    bench = start_bench("--workloads", "bulk-8", "--opponents", "nginx", output=tmp_path)
+def test_an_interrupt_leaves_nothing_behind(
+    tmp_path: Path, number: signal.Signals, network: str, request: pytest.FixtureRequest
+) -> None:
+    """Ctrl-C and even SIGKILL end all that the harness has started, and so its namespaces."""
+    if network == "namespaces":
+        request.getfixturevalue("root")
+    bench = start_bench(
+        *("--workloads", "bulk-8", "--opponents", "nginx"), output=tmp_path, network=network
+    )
     try:
         eventually(
             "a load that runs",
