@@ -34,7 +34,7 @@ if TYPE_CHECKING:
 ROOT = Path(__file__).resolve().parent
 BPF = ROOT / "bpf"
 PACKAGE = ROOT / "python" / "sockgw" / "_bpf"
-C_SOURCES = (PACKAGE / "shim.c", PACKAGE / "loop.c", PACKAGE / "wire.c")
+C_SOURCES = sorted(PACKAGE.glob("*.c"))
 OBJECTS = ("sockmap.bpf.o", "wire.bpf.o")
 BINDING = "_binding.abi3.so"
 
@@ -128,7 +128,7 @@ def is_stale(output: Path, sources: Iterable[Path]) -> bool:
 def stale_outputs(out: Path) -> dict[Path, Callable[[Path], None]]:
     """Return what in `out` is to be built, with the function that builds each."""
     shared = [Path(__file__), BPF / "sockmap.h", BPF / "wire.h"]
-    headers = [PACKAGE / name for name in ("cdef.h", "shim.h", "wire_calls.h")]
+    headers = PACKAGE.glob("*.h")
     stale: dict[Path, Callable[[Path], None]] = {}
     for name in OBJECTS:
         if is_stale(out / name, [*shared, source_of(name), BPF / "vmlinux.h"]):

@@ -68,7 +68,7 @@ def bound(sock: socket.socket) -> None:
 
     Not where sessions go by wire: a window announced in the handshake counts
     on, and one that is larger than the other peer's keeps a session off it.
-    There the bound comes when a session is armed, or leaves the loop (loop.c).
+    There the bound comes when a session is armed, or leaves the loop (sessions.c).
     """
     option = receive_option()
     if option:

@@ -2,7 +2,7 @@
 /*
  * The wire path, userspace's part: which sessions may go by wire, how our sockets
  * leave one that does, and how it is ended from here. The program decides when
- * (bpf/wire.bpf.c); whose session it is, the loop knows (loop.c).
+ * (bpf/wire.bpf.c); whose session it is, the loop knows (wired.c).
  */
 #define _GNU_SOURCE
 #include <arpa/inet.h>
