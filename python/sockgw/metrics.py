@@ -66,7 +66,6 @@ FALLBACK_REASONS = (
     "no_binding",
     "kernel_too_old",
     "no_btf",
-    "no_tcx",
     "missing_capability",
     "no_raw_sockets",
     "no_cgroup2",

@@ -3,39 +3,35 @@
 
 The program translates the packets of sessions that have switched; which those
 are the loops know (`sockgw.loop`), and their C arms and ends them. Closing the
-`Wire`, or the death of the process, takes the program off every interface:
-packets of sessions on wire then meet the stack, which resets them.
+`Wire`, or the death of the process, takes the program off every interface
+(`sockgw.ingress`): packets of sessions on wire then meet the stack, which resets them.
 
-With a directory to persist in, the maps and the links are pinned there: sessions
-on wire go on without a gateway, and the next one with this directory adopts them.
+With a directory to persist in, the maps are pinned there, and the program stays
+where it is: sessions on wire go on without a gateway, and the next one with this
+directory adopts them.
 Rings are not pinned: what ends while nobody listens is found in the maps.
 """
 
 from __future__ import annotations
 
-import errno
 import fcntl
-import logging
 import mmap
 import os
-import select
-import socket
 import struct
-import threading
 import warnings
-from contextlib import ExitStack, closing, suppress
+from contextlib import ExitStack, closing
 from importlib.resources import as_file, files
 from typing import TYPE_CHECKING, Any, Final
 
+from sockgw import ingress
 from sockgw._bpf import features, libbpf
 from sockgw._bpf._binding import ffi, lib
 from sockgw.errors import ConfigError, DatapathError
+from sockgw.ingress import Ingress
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
     from pathlib import Path
-
-_log = logging.getLogger("sockgw")
 
 _WAYS: Final = 2
 _SPARE: Final = 1024
@@ -45,15 +41,6 @@ _SLOT_BYTES: Final[int] = lib.sgw_wire_slot_bytes()
 _EVENT_RECORD_BYTES: Final = 8 + 16  # the ring's header, and the record rounded up to 8
 _EVENTS_PER_SESSION: Final = 4  # a switch and an end, of a session and the next in its place
 _MAPS: Final = ("wire_sessions", "wire_flows", "wire_slots")
-_LINK: Final = "link-"
-"""Then the interface's index and the program."""
-_PROGRAMS: Final = ("sock_wire", "sock_wire_again")
-"""Before all others at an interface; and behind them, at the loopback."""
-_LOOPBACK: Final = 1  # in every network namespace
-_SIOCGIFHWADDR: Final = 0x8927  # linux/sockios.h
-_ARPHRD_ETHER: Final = 1  # linux/if_arp.h
-_ARPHRD_LOOPBACK: Final = 772
-_RTMGRP_LINK: Final = 1  # linux/rtnetlink.h
 
 
 class Wire:
@@ -72,6 +59,8 @@ class Wire:
         self._pins = pins
         self._resources = resources
         self._object = bpf_object
+        self._ingress = Ingress(bpf_object, None if pins is None else pins.path)
+        resources.callback(self._ingress.close)
         self.places = places
         """How many sessions may go by wire at once, all processes together, and more."""
         self.workers = workers
@@ -114,11 +103,6 @@ class Wire:
         ]
         """Why a session may not go by wire, by the number that the loops count under."""
         resources.callback(lib.sgw_wire_close, handle)
-        # Guards both: the thread that watches takes it, and close().
-        self._lock = threading.Lock()
-        self._attached: dict[tuple[int, str], int] = {}
-        self._is_closed = False
-        self._watched: list[int] = []
 
     @classmethod
     def load(
@@ -154,7 +138,7 @@ class Wire:
             elif not pins.are_inherited:
                 for name in _MAPS:
                     libbpf.pin(bpf_object.map(name).fd, pins.path / name)
-            wire.attach()
+            wire._ingress.attach()
             wire._resources = resources.pop_all()
             return wire
 
@@ -173,87 +157,21 @@ class Wire:
             try:
                 os.close(our_end)
                 os.setsid()  # what is sent to our group, by a terminal say, is not for it
-                lib.sgw_wire_guard(self.handle, alive)
+                lib.sgw_wire_guard(self.handle, alive, *self._ingress.for_guard)
             finally:
                 os._exit(1)
         os.close(alive)
         self._resources.callback(os.waitpid, pid, 0)
         self._resources.callback(os.close, our_end)
 
-    def attach(self) -> None:
-        """Attach the program to each interface that came, forget each that went.
-
-        Only Ethernet and loopback: the program reads an Ethernet header.
-        Raises DatapathError when that is refused.
-        """
-        with self._lock:
-            if self._is_closed:
-                return
-            present = dict(_interfaces())
-            for place in [place for place in self._attached if place[0] not in present]:
-                os.close(self._attached.pop(place))
-            for index, name in present.items():
-                for program in _PROGRAMS if index == _LOOPBACK else _PROGRAMS[:1]:
-                    if (index, program) in self._attached:
-                        continue
-                    try:
-                        self._attached[index, program] = self._attach(program, index, name)
-                    except DatapathError as error:
-                        if error.errno != errno.ENODEV:  # gone since the look
-                            raise
-
-    def _attach(self, program: str, index: int, name: str) -> int:
-        """Attach a program to an interface, or have a pinned link run it."""
-        is_first = program == _PROGRAMS[0]
-        pinned = None if self._pins is None else self._pins.path / f"{_LINK}{index}-{program}"
-        if pinned is not None and pinned.exists():
-            link = libbpf.get(pinned)
-            try:
-                self._object.update_link(program, link, name)
-            except DatapathError:  # ENOLINK: it was another interface's, which has gone
-                os.close(link)
-                pinned.unlink()
-            else:
-                return link
-        link = self._object.attach_tcx(program, index, name, is_first=is_first)
-        if pinned is not None:
-            libbpf.pin(link, pinned)
-        return link
-
     def watch(self) -> None:
         """Attach the program to interfaces as they come, from a thread of its own."""
-        try:
-            changes = socket.socket(socket.AF_NETLINK, socket.SOCK_RAW, socket.NETLINK_ROUTE)
-            changes.bind((0, _RTMGRP_LINK))
-        except OSError as error:
-            _log.warning("interfaces that come later are not watched: %s", error.strerror)
-            return
-        bell = os.eventfd(0, os.EFD_CLOEXEC)
-        thread = threading.Thread(
-            target=self._watch, args=(changes.fileno(), bell), name="sockgw-interfaces", daemon=True
-        )
-        self._watched = [bell, changes.detach()]
-        self._resources.callback(self._close_watched)
-        self._resources.callback(thread.join)
-        self._resources.callback(os.eventfd_write, bell, 1)
-        thread.start()
-
-    def _watch(self, changes: int, bell: int) -> None:
-        poller = select.poll()
-        for fd in (changes, bell):
-            poller.register(fd, select.POLLIN)
-        while all(fd != bell for fd, _ in poller.poll()):
-            with suppress(OSError):  # ENOBUFS: more changes than it holds, and we look at all
-                os.read(changes, 1 << 16)
-            try:
-                self.attach()
-            except DatapathError as error:
-                _log.warning("%s; sessions over it stay on splice", error)
+        self._ingress.watch()
 
     def narrow(self, process: int, sessions: range, workers: range) -> None:
         """Make this, a forked process's copy, the one of `workers` and their `sessions`."""
         lib.sgw_wire_narrow(self.handle, *_places(process, sessions))
-        self._close_watched()
+        self._ingress.narrow()
         for worker in [worker for worker in self._rings if worker not in workers]:
             os.close(self._rings.pop(worker))
 
@@ -287,19 +205,13 @@ class Wire:
         self._resources.close()
 
     def _detach(self) -> None:
-        with self._lock:
-            self._is_closed = True
-            if self._pins is not None and not self._is_translating():
-                self._pins.remove()
-            while self._attached:
-                os.close(self._attached.popitem()[1])
+        if self._pins is None:
+            self._ingress.detach()
+        elif not self._is_translating():
+            self._pins.remove()
 
     def _is_translating(self) -> bool:
         return next(self._object.map("wire_flows").keys(), None) is not None
-
-    def _close_watched(self) -> None:
-        while self._watched:
-            os.close(self._watched.pop())
 
     def _close_rings(self) -> None:
         while self._rings:
@@ -344,14 +256,10 @@ class Pins:
 
     def remove(self) -> list[str]:
         """Unpin everything, which ends what it kept; return the names."""
-        names = sorted(
-            path.name
-            for path in self.path.iterdir()
-            if path.name in _MAPS or path.name.startswith(_LINK)
-        )
+        names = sorted(path.name for path in self.path.iterdir() if path.name in _MAPS)
         for name in names:
             (self.path / name).unlink()
-        return names
+        return sorted([*names, *ingress.remove(self.path)])
 
 
 def clean(directory: Path) -> list[str]:
@@ -367,14 +275,3 @@ def _bpffs_devices() -> Iterator[int]:
     for device, _ in features.mounts("bpf"):
         major, minor = device.split(":")
         yield os.makedev(int(major), int(minor))
-
-
-def _interfaces() -> Iterator[tuple[int, str]]:
-    # Not from /sys/class/net: that is the network namespace of who mounted it.
-    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as sock:
-        for index, name in socket.if_nameindex():
-            with suppress(OSError):  # it goes away
-                request = struct.pack("16s24x", name.encode())
-                answer = fcntl.ioctl(sock, _SIOCGIFHWADDR, request)
-                if struct.unpack_from("16xH", answer)[0] in {_ARPHRD_ETHER, _ARPHRD_LOOPBACK}:
-                    yield index, name

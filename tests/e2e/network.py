@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, TypeVar
 
 from .peers import Backend, connect, join_address
-from .programs import require
+from .programs import require, without_tcx
 from .traffic import Task
 from .waits import eventually
 
@@ -270,15 +270,18 @@ class Site:
     name: str
     is_far: bool  # on three machines, not on the loopback of this one
     is_ipv6: bool
+    has_tcx: bool = True  # else the gateway believes that its kernel has none
 
 
 class Place:
     """Where client, gateway and backend are."""
 
-    def __init__(self, site: Site, machines: Network | None) -> None:
-        """Describe it; `machines` exist already."""
+    def __init__(self, site: Site, machines: Network | None, prefix: tuple[str, ...]) -> None:
+        """Describe it; `machines` exist already, `prefix` is what gateways are started by."""
         self._machines = machines
+        self.prefix = prefix
         self.is_ipv6 = site.is_ipv6
+        self.has_tcx = site.has_tcx
         if machines is None:
             self._gateway_host = self._backend_host = "::1" if site.is_ipv6 else "127.0.0.1"
         elif site.is_ipv6:
@@ -327,13 +330,14 @@ class Place:
 
 
 @contextlib.contextmanager
-def place_at(site: Site) -> Iterator[Place]:
-    """Create a place for a test."""
+def place_at(site: Site, scratch: Path) -> Iterator[Place]:
+    """Create a place for a test; `scratch` is a directory for what that takes."""
+    prefix = () if site.has_tcx else without_tcx(scratch)
     if site.is_far:
         with network(is_slow=False) as machines:
-            yield Place(site, machines)
+            yield Place(site, machines, prefix)
     else:
-        yield Place(site, None)
+        yield Place(site, None, prefix)
 
 
 @contextlib.contextmanager

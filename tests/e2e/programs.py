@@ -37,6 +37,8 @@ _PACKAGES = {
     "ethtool": "ethtool",
     "tshark": "tshark",
 }
+_KERNEL_BTF = Path("/sys/kernel/btf/vmlinux")
+_TCX = b"\0tcx_link_attach\0"  # what makes a link, among the strings of BTF
 _INSTALL_S = 300
 _START_S = 30.0
 _STOP_S = 20.0
@@ -181,3 +183,16 @@ def postgresql(directory: Path) -> Iterator[str]:
     log = directory / "postgres.log"
     with running(command, address=f"127.0.0.1:{port}", log=log, user=user):
         yield f"127.0.0.1:{port}"
+
+
+def without_tcx(scratch: Path) -> tuple[str, ...]:
+    """Return what starts a program on a kernel whose BTF knows no TCX links.
+
+    All else in that BTF is this kernel's: the gateway is relocated by it as ever.
+    """
+    btf = scratch / "vmlinux"
+    found = _KERNEL_BTF.read_bytes()
+    assert found.count(_TCX) == 1
+    btf.write_bytes(found.replace(_TCX, _TCX.swapcase()))
+    script = f'mount --bind {btf} {_KERNEL_BTF}; exec "$0" "$@"'
+    return ("unshare", "--mount", "sh", "-ec", script)

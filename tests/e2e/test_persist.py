@@ -12,6 +12,7 @@ import pytest
 from . import kernel
 from .gateways import Gateway, arguments_of, run_sockgw
 from .peers import Backend, close_clients, connect
+from .programs import without_tcx
 from .traffic import MIB, Stream, Task, exchange, receive, receive_exactly, send, send_and_finish
 from .waits import eventually
 
@@ -48,14 +49,26 @@ def directory(bpffs: Path) -> Path:
     return bpffs / "sockgw"
 
 
-@pytest.fixture
-def persistent(directory: Path, backend: Backend) -> Iterator[StartPersistent]:
-    """Start gateways one after the other; when the test ends nothing of them is left."""
+@pytest.fixture(params=["links", "filters"])
+def persistent(
+    request: pytest.FixtureRequest,
+    directory: Path,
+    backend: Backend,
+    tmp_path_factory: pytest.TempPathFactory,
+) -> Iterator[StartPersistent]:
+    """Start gateways one after the other; when the test ends nothing of them is left.
+
+    On a kernel with TCX links, and on one that has only filters.
+    """
     started: list[Gateway] = []
+    has_links = request.param == "links"
+    prefix = () if has_links else without_tcx(tmp_path_factory.mktemp("btf"))
 
     def start(**options: Any) -> Gateway:
         settings = {"persist": directory, **options}
-        gateway = Gateway(arguments_of([backend.address], settings))
+        gateway = Gateway(arguments_of([backend.address], settings), prefix=prefix)
+        left = {path.name.partition("-")[0] for path in directory.iterdir()}
+        assert ("link" in left, "filters" in left) == (has_links, not has_links)
         started.append(gateway)
         return gateway
 

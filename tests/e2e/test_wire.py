@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import json
 import os
 import random
 import re
@@ -90,6 +91,9 @@ LOOPBACK = Site("loopback", is_far=False, is_ipv6=False)
 LOOPBACK_6 = Site("loopback6", is_far=False, is_ipv6=True)
 LINKS = Site("links", is_far=True, is_ipv6=False)
 LINKS_6 = Site("links6", is_far=True, is_ipv6=True)
+# Where the program is attached by clsact filters.
+FILTERS = Site("loopback-filters", is_far=False, is_ipv6=False, has_tcx=False)
+LINKS_FILTERS = Site("links-filters", is_far=True, is_ipv6=False, has_tcx=False)
 
 
 def at_each(*sites: Site) -> pytest.MarkDecorator:
@@ -100,17 +104,24 @@ def at_each(*sites: Site) -> pytest.MarkDecorator:
 everywhere = at_each(LOOPBACK, LOOPBACK_6, LINKS, LINKS_6)
 # Where the family matters little, each kind of link has one of them.
 near_and_far = at_each(LOOPBACK, LINKS_6)
+# What an attachment could change is tested for both kinds.
+however_attached = at_each(LOOPBACK, LINKS_6, FILTERS, LINKS_FILTERS)
 far = at_each(LINKS, LINKS_6)
 far_ipv4 = at_each(LINKS)
+everywhere_however_attached = at_each(LOOPBACK, LOOPBACK_6, LINKS, LINKS_6, FILTERS, LINKS_FILTERS)
+far_however_attached = at_each(LINKS, LINKS_FILTERS)
+near_however_attached = at_each(LOOPBACK, FILTERS)
 
 
 # --- fixtures ----------------------------------------------------------------
 
 
 @pytest.fixture(scope="module")
-def place(request: pytest.FixtureRequest) -> Iterator[Place]:
+def place(
+    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[Place]:
     """Where the clients, the gateways and the backends are."""
-    with place_at(request.param) as made:
+    with place_at(request.param, tmp_path_factory.mktemp("place")) as made:
         yield made
 
 
@@ -130,7 +141,8 @@ def gateway(place: Place, start: StartGateway) -> StartGateway:
     """Start gateways of the test's own with --accel wire, in their place."""
 
     def start_here(*backends: str, **options: Any) -> Gateway:
-        settings = {"listen": place.listen, "netns": place.netns, "accel": WIRE, **options}
+        where = {"listen": place.listen, "netns": place.netns, "prefix": place.prefix}
+        settings = {"accel": WIRE, **where, **options}
         with skipped_where_refused():
             return start(*backends, **settings)
 
@@ -180,7 +192,9 @@ class Shared:
             settings = {"listen": self._place.listen, "accel": WIRE}
             arguments = arguments_of([self._backend.address], settings)
             with skipped_where_refused():
-                self._gateway = Gateway(arguments, netns=self._place.netns)
+                self._gateway = Gateway(
+                    arguments, netns=self._place.netns, prefix=self._place.prefix
+                )
             assert self._gateway.path == WIRE
             self._maps = maps_of_sessions(self._gateway)
             assert "wire_flows" in self._maps
@@ -480,13 +494,24 @@ def assert_no_entries(maps: dict[str, int]) -> None:
         )
 
 
-def attached_to(running: Gateway) -> set[int]:
-    """Return the indexes of the interfaces that its TCX links hold a sock_wire program to."""
-    programs = {
+def programs_of(running: Gateway, name: str) -> set[int]:
+    """Return the ids of its programs of that name."""
+    return {
         number
         for number in running.bpf_created["prog"] | running.process.bpf_ids()["prog"]
-        if (kernel.bpftool("prog", "show", "id", number) or {}).get("name") == "sock_wire"
+        if (kernel.bpftool("prog", "show", "id", number) or {}).get("name") == name
     }
+
+
+def attached_to(running: Gateway, place: Place) -> set[int]:
+    """Return the indexes of the interfaces that its sock_wire is attached to."""
+    programs = programs_of(running, "sock_wire")
+    if not place.has_tcx:
+        return {
+            place.at_gateway(socket.if_nametoindex, found.device)
+            for found in filters_at(place)
+            if found.program in programs
+        }
     found = set()
     for pid in running.process.pids():
         for entry in (Path("/proc") / str(pid) / "fdinfo").iterdir():
@@ -495,6 +520,37 @@ def attached_to(running: Gateway) -> set[int]:
                 if fields.get("link_type") == "tcx" and int(fields["prog_id"]) in programs:
                     found.add(int(fields["ifindex"]))
     return found
+
+
+class Filter(NamedTuple):
+    """A clsact filter at an ingress."""
+
+    device: str
+    priority: int
+    program: int
+
+
+def tc(place: Place, *words: str) -> Any:
+    """Run `tc` where the gateway is; return what it prints."""
+    done = place.at_gateway(
+        partial(subprocess.run, ["tc", "-j", *words], capture_output=True, check=True, timeout=20)
+    )
+    return json.loads(done.stdout or b"[]")
+
+
+def filters_at(place: Place) -> list[Filter]:
+    """Return the BPF filters at the interfaces where the gateway is, in their order."""
+    return [
+        Filter(device, found["pref"], found["options"]["prog"]["id"])
+        for _, device in place.at_gateway(socket.if_nameindex)
+        for found in tc(place, "filter", "show", "dev", device, "ingress")
+        if "prog" in found.get("options", {})
+    ]
+
+
+def queues_at(place: Place) -> list[str]:
+    """Return the interfaces where the gateway is that have a qdisc for filters."""
+    return [one["dev"] for one in tc(place, "qdisc", "show") if one["kind"] == "clsact"]
 
 
 def leg_interfaces(place: Place) -> set[int]:
@@ -535,20 +591,20 @@ def test_a_session_switches_by_its_second_request(
     assert on_wire(running) == 1
 
 
-@near_and_far
+@however_attached
 def test_the_program_and_its_maps_are_there_to_see(
     shared: Shared, place: Place, wired: OpenSession
 ) -> None:
     """sock_wire is attached by TCX links where the legs arrive; its maps hold the sessions."""
     running = shared.gateway
     pairs = [wired(*shared.both) for _ in range(3)]
-    assert leg_interfaces(place) <= attached_to(running)
+    assert leg_interfaces(place) <= attached_to(running, place)
     maps = running.maps()
     assert {"wire_flows", "wire_sessions", "wire_slots"} <= set(maps)
     assert kernel.map_entries(maps["wire_flows"]) >= len(pairs)
 
 
-@near_and_far
+@however_attached
 @pytest.mark.parametrize("first", ["client", "backend"])
 def test_bytes_are_counted_once(shared: Shared, wired: OpenSession, first: str) -> None:
     """Metrics, while they flow, and the log line count the bytes of a session, each once."""
@@ -582,7 +638,7 @@ def test_bytes_are_counted_once(shared: Shared, wired: OpenSession, first: str) 
     assert shared.switched() == 1
 
 
-@near_and_far
+@however_attached
 def test_a_stopped_gateway_is_not_missed(shared: Shared, wired: OpenSession) -> None:
     """Sessions on wire go on, and end, while not one instruction of the gateway is run."""
     client, server, _ = wired(*shared.both)
@@ -600,7 +656,7 @@ def test_a_stopped_gateway_is_not_missed(shared: Shared, wired: OpenSession) -> 
 # --- transfers ---------------------------------------------------------------
 
 
-@everywhere
+@everywhere_however_attached
 def test_random_transfers(shared: Shared, place: Place) -> None:
     """Whatever is sent both ways, before, across and after the switch, arrives whole."""
     sessions = 24
@@ -784,7 +840,7 @@ def test_a_client_with_a_small_buffer(shared: Shared, session: OpenSession) -> N
 # --- the end of a session ----------------------------------------------------
 
 
-@everywhere
+@everywhere_however_attached
 @pytest.mark.parametrize("order", [DIRECTIONS, DIRECTIONS[::-1]], ids=["client", "backend"])
 def test_half_close(shared: Shared, wired: OpenSession, order: tuple[str, str]) -> None:
     """A side that half-closes first still receives all that the other then sends, and its end."""
@@ -849,7 +905,7 @@ def test_simultaneous_close(shared: Shared, place: Place, wired: OpenSession) ->
     assert shared.lines(1)[0]["end"] == "eof"
 
 
-@everywhere
+@everywhere_however_attached
 def test_reset_by_either_side(shared: Shared, wired: OpenSession) -> None:
     """RST on one side resets the other within 100 ms, and is logged as whose it was."""
     for number in range(6):
@@ -988,7 +1044,7 @@ def _seconds_until_reset(sock: socket.socket, within_s: float) -> float:
     return time.monotonic() - begun
 
 
-@near_and_far
+@however_attached
 def test_idle_timeout(gateway: StartGateway, backend: Backend, wired: OpenSession) -> None:
     """A session without a byte is reset at both ends in time; probes do not count, bytes do."""
     idle_s = 2.0
@@ -1030,7 +1086,7 @@ def test_idle_timeout(gateway: StartGateway, backend: Backend, wired: OpenSessio
     running.await_sessions(1, path=WIRE)
 
 
-@near_and_far
+@however_attached
 def test_drain(gateway: StartGateway, place: Place, backend: Backend, wired: OpenSession) -> None:
     """A drain refuses newcomers, lets sessions on wire end, and resets the rest in time."""
     running = gateway(backend.address, drain_timeout=1)
@@ -1073,25 +1129,21 @@ def test_second_signal(gateway: StartGateway, backend: Backend, wired: OpenSessi
     assert {line["end"] for line in running.access_lines(3)} == {"closed"}
 
 
-@near_and_far
+@however_attached
 def test_gateway_killed(
     gateway: StartGateway, place: Place, backend: Backend, wired: OpenSession
 ) -> None:
     """`kill -9` resets both ends of every session on wire, and leaves nothing in the kernel."""
-
-    def qdiscs() -> str:
-        return place.machines.gateway.call("tc", "qdisc", "show") if place.is_far else ""
-
-    before = qdiscs()
+    before = filters_at(place), queues_at(place)
     running = gateway(backend.address)
     pairs = [wired(running, backend) for _ in range(3)]
-    assert attached_to(running)
+    assert attached_to(running, place)
     created = [kernel.bpftool("map", "show", "id", number) for number in running.bpf_created["map"]]
     assert "wire_flows" in [found.get("name") for found in created if found]
     running.signal(signal.SIGKILL)
     assert running.await_exit() == -signal.SIGKILL
     running.assert_nothing_in_kernel()
-    assert qdiscs() == before
+    assert (filters_at(place), queues_at(place)) == before
     for client, server, _ in pairs[:2]:
         assert is_reset_when_it_speaks(client, within_s=2.0)
         assert is_reset_when_it_speaks(server, within_s=2.0)
@@ -1178,13 +1230,13 @@ def assert_short_sessions(
     assert retransmitted <= count
 
 
-@near_and_far
+@however_attached
 def test_a_port_that_is_used_again(shared: Shared, place: Place) -> None:
     """Sessions that follow each other on one client port see their own bytes and no other's."""
     assert_short_sessions(shared, place, SHORT_SESSIONS)
 
 
-@near_and_far
+@however_attached
 def test_a_client_that_forgot_its_session(shared: Shared, place: Place) -> None:
     """A SYN from the port of a session on wire ends that session, and begins its own."""
     running, backend = shared.both
@@ -1211,7 +1263,7 @@ def test_a_client_that_forgot_its_session(shared: Shared, place: Place) -> None:
         assert [line["end"] for line in lines] == ["client_reset", "eof"]
 
 
-@near_and_far
+@however_attached
 def test_other_connections_to_the_backend(shared: Shared, place: Place, wired: OpenSession) -> None:
     """Connections of others to the same backend are untouched, and none gets a session's port."""
     backend = shared.backend
@@ -1455,7 +1507,7 @@ def test_a_client_with_a_link_local_address(
 JOINED = {"gro": True}  # as by a NIC, and unlike what a veth does by itself
 
 
-@far
+@at_each(LINKS, LINKS_6, LINKS_FILTERS)
 @pytest.mark.parametrize(
     ("client", "middle", "backend"),
     [
@@ -1712,7 +1764,7 @@ def is_alive(client: socket.socket, server: socket.socket) -> bool:
     return True
 
 
-@near_and_far
+@however_attached
 def test_two_processes(
     gateway: StartGateway, place: Place, backend: Backend, wired: OpenSession
 ) -> None:
@@ -1728,7 +1780,7 @@ def test_two_processes(
     moved = sum(2 * (kept.before + 100 * KIB) for kept in pairs)
     assert running.metrics().value("gateway_bytes_total") == moved
     assert switched(running) == len(pairs)
-    assert leg_interfaces(place) <= attached_to(running)
+    assert leg_interfaces(place) <= attached_to(running, place)
     for client, server, _ in pairs[:2]:
         finish(client, server, Stream(1, 1000), Stream(2, 1000))
     running.await_sessions(len(pairs) - 2, path=WIRE)
@@ -1750,10 +1802,45 @@ def test_two_processes(
     finish(client, server, Stream(1, MIB), Stream(2, MIB))
 
 
+# --- gateways before gateways --------------------------------------------------
+
+
+@near_however_attached
+@pytest.mark.parametrize("first_started", [0, 1], ids=["outer first", "inner first"])
+def test_a_gateway_behind_a_gateway(
+    gateway: StartGateway, backend: Backend, session: OpenSession, first_started: int
+) -> None:
+    """A session through two gateways of this host is on wire at both, whichever came first."""
+    # The outer one's backend has its port before it has a listener.
+    with socket.socket() as reserved:
+        reserved.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        reserved.bind(("127.0.0.1", 0))
+        between = join_address(*reserved.getsockname()[:2])
+    start_each = [
+        lambda: gateway(between),
+        lambda: gateway(backend.address, listen=between),
+    ]
+    started = {number: start_each[number]() for number in (first_started, 1 - first_started)}
+    client, server, _ = session(started[0], backend)
+
+    def are_switched() -> bool:
+        exchange(client, server)
+        return all(on_wire(running) == 1 for running in started.values())
+
+    eventually("a session on wire at both", are_switched)
+    swap(client, server, Stream(1, 2 * MIB), Stream(2, 2 * MIB))
+    with started[0].paused(), started[1].paused():
+        swap(client, server, Stream(3, MIB), Stream(4, MIB))
+    finish(client, server, Stream(5, MIB), Stream(6, MIB))
+    for running in started.values():
+        line = running.access_lines(1)[0]
+        assert (line["end"], line["path"]) == ("eof", WIRE)
+
+
 # --- an interface of another's ------------------------------------------------
 
 
-@far_ipv4
+@far_however_attached
 def test_a_link_that_goes_away_and_comes_back(
     gateway: StartGateway, place: Place, backend: Backend, wired: OpenSession
 ) -> None:

@@ -132,7 +132,7 @@ def test_a_path_that_is_not_built_says_so(host, capsys):
     assert "not built in this version" in lines(capsys)["direct"]
 
 
-@pytest.mark.parametrize("missing", ["binding", "btf", "tcx", "capabilities", "raw_sockets"])
+@pytest.mark.parametrize("missing", ["binding", "btf", "capabilities", "raw_sockets"])
 def test_what_wire_lacks_is_named_with_the_way_out(host, monkeypatch, missing, capsys):
     """A missing feature takes the wire away, and says what would bring it back."""
     host(missing)

@@ -168,6 +168,25 @@ def test_btf_that_is_not_there(monkeypatch, tmp_path):
     assert "No such file" in feature.detail
 
 
+@pytest.mark.parametrize(
+    ("strings", "verdict"),
+    [
+        (b"\0tcx_link_attach\0", Verdict.SUPPORTED),
+        (b"\0not_tcx_link_attach\0", Verdict.UNSUPPORTED),
+        (None, Verdict.INCONCLUSIVE),
+    ],
+)
+def test_tcx_by_what_the_kernel_has(monkeypatch, tmp_path, strings, verdict):
+    """Links at an ingress are there if the function that makes them is, whatever the version."""
+    btf = tmp_path / "vmlinux"
+    if strings is not None:
+        btf.write_bytes(b"\x9f\xeb" + strings)
+    monkeypatch.setattr(features, "KERNEL_BTF", btf)
+    feature = features.tcx()
+    assert feature.verdict is verdict
+    assert ("filters" in feature.remedy) is (verdict is not Verdict.SUPPORTED)
+
+
 def probed(**verdicts: Verdict) -> tuple[Feature, ...]:
     names = ("binding", "kernel", "btf", "tcx", "capabilities", "raw_sockets", "cgroup2")
     verdict = {name: verdicts.get(name, Verdict.SUPPORTED) for name in names}
@@ -183,7 +202,8 @@ def probed(**verdicts: Verdict) -> tuple[Feature, ...]:
         ("splice", {"btf": Verdict.UNSUPPORTED, "capabilities": Verdict.UNSUPPORTED}, "btf"),
         ("relay", {"binding": Verdict.UNSUPPORTED, "kernel": Verdict.UNSUPPORTED}, None),
         ("wire", {}, None),
-        ("wire", {"tcx": Verdict.UNSUPPORTED, "raw_sockets": Verdict.UNSUPPORTED}, "tcx"),
+        ("wire", {"tcx": Verdict.UNSUPPORTED}, None),
+        ("wire", {"raw_sockets": Verdict.UNSUPPORTED}, "raw_sockets"),
         ("wire", {"capabilities": Verdict.UNSUPPORTED}, "capabilities"),
         ("direct", {}, "direct"),
     ],

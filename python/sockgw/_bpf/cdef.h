@@ -164,9 +164,10 @@ void sgw_wire_narrow(struct sgw_wire *wire, uint32_t first, uint32_t sessions);
 /* End the sessions of a process that has died. */
 void sgw_wire_reclaim(struct sgw_wire *wire, uint32_t first, uint32_t sessions);
 /* Wait until `alive`, the reading end of a pipe, ends: then the gateway is gone, however that came
- * about, and the sessions that it leaves are reset. For a process of its own; never returns.
+ * about, and the sessions that it leaves are reset, its filters removed (0, -1: it has none). For a
+ * process of its own; never returns.
  */
-void sgw_wire_guard(struct sgw_wire *wire, int alive);
+void sgw_wire_guard(struct sgw_wire *wire, int alive, uint32_t clsact_owner, int clsact_name);
 /* Sum up, by way, over the first sessions' places. */
 void sgw_wire_totals(const struct sgw_wire *wire, uint32_t sessions, uint64_t *bytes);
 void sgw_wire_close(struct sgw_wire *wire);
@@ -175,6 +176,20 @@ size_t sgw_wire_slot_bytes(void);
  * programs there: its descriptor, or -errno.
  */
 int sgw_attach_tcx(int program, int ifindex, bool is_first);
+/* The same by filters, which stay when the process dies (clsact.c). An owner is a gateway's number
+ * among those of its network namespace, and whether its filters are to outlive it.
+ */
+#define SGW_CLSACT_PERSISTS 32768
+/* Take the number of *owner, or any if it has none: a descriptor for as long as it is to be kept, or
+ * -errno. Filters that a dead gateway left, and that nobody will come back for, are removed.
+ */
+int sgw_clsact_take(uint32_t *owner);
+/* Add a filter before, or behind, all that others may have, or replace the program of the one
+ * that the owner has: 0 or -errno.
+ */
+int sgw_clsact_attach(uint32_t owner, int program, int ifindex, bool is_first);
+/* Remove the owner's filters, and what was made for them: how many there were. */
+int sgw_clsact_remove(uint32_t owner);
 #define SGW_WIRE_WORKERS 256 /* at most, and as many rings */
 #define SGW_UNFITS 16 /* more than enum wire_unfit has */
 /* The name of one, "" if there is none. */

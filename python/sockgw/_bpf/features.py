@@ -89,7 +89,7 @@ _LACKS: Final = {
     ),
     "tcx": _Lack(
         "no_tcx",
-        "boot a kernel that is >= 6.6: the program must leave the interfaces with its process",
+        "wire's program is attached by clsact filters: links would leave with the process",
     ),
     "raw_sockets": _Lack(
         "no_raw_sockets", "run as root, or grant CAP_NET_RAW: it ends sessions by a reset"
@@ -105,9 +105,9 @@ _LACKS: Final = {
 }
 
 # Without a cgroup2 only the sockops program is lost: splice works, its log
-# lines lack the round-trip times.
+# lines lack the round-trip times. Without TCX wire has filters.
 _NEEDS: Final[dict[str, tuple[str, ...]]] = {
-    "wire": ("binding", "kernel", "btf", "tcx", "capabilities", "raw_sockets"),
+    "wire": ("binding", "kernel", "btf", "capabilities", "raw_sockets"),
     "splice": ("binding", "kernel", "btf", "capabilities"),
     "relay": (),
 }
@@ -161,7 +161,7 @@ def binding() -> Feature:
 # bytes (KERNEL.md, 6); from 6.16 on every release has it.
 _FIXED_IN: Final = {(6, 1): 142, (6, 6): 94, (6, 12): 34, (6, 15): 3}
 _FIXED_SINCE: Final = (6, 16)
-_TCX_SINCE: Final = (6, 6, 0)
+_TCX_FUNCTION: Final = b"\0tcx_link_attach\0"  # among the strings of BTF
 
 
 def kernel(release: str | None = None) -> Feature:
@@ -202,14 +202,13 @@ def upstream_version(release: str, build: str, ubuntu: str) -> tuple[int, int, i
     return None
 
 
-def tcx(release: str | None = None) -> Feature:
-    """Probe for links at an interface's ingress, by the kernel's version or `release`."""
-    name = release or os.uname().release
-    version = upstream_version(name, "", "")
-    if version is None:
-        return _feature("tcx", Verdict.INCONCLUSIVE, f"cannot read a version in {name!r}")
-    is_there = version >= _TCX_SINCE
-    detail = "links at an interface's ingress" if is_there else f"not in {name}"
+def tcx() -> Feature:
+    """Probe for links at an interface's ingress, by the function that makes them."""
+    try:
+        is_there = _TCX_FUNCTION in KERNEL_BTF.read_bytes()
+    except OSError as error:
+        return _feature("tcx", Verdict.INCONCLUSIVE, f"{KERNEL_BTF}: {error.strerror}")
+    detail = "links at an interface's ingress" if is_there else "not in this kernel (6.6 has it)"
     return _feature("tcx", Verdict.SUPPORTED if is_there else Verdict.UNSUPPORTED, detail)
 
 

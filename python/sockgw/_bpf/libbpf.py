@@ -121,6 +121,18 @@ def get(path: Path) -> int:
     return fd
 
 
+def take_owner(owner: int, *, is_persistent: bool) -> tuple[int, int]:
+    """Return who is to own filters (`owner`, if not 0), and a descriptor that says it is alive."""
+    taken = ffi.new("uint32_t *", owner or (is_persistent and lib.SGW_CLSACT_PERSISTS))
+    fd = _check(lib.sgw_clsact_take(taken), "take", "a number for clsact filters")
+    return taken[0], fd
+
+
+def remove_filters(owner: int) -> None:
+    """Remove the owner's filters, wherever they are in this network namespace."""
+    lib.sgw_clsact_remove(owner)
+
+
 class Ring:
     """The reading end of a ring buffer of slot numbers; one reader only."""
 
@@ -236,6 +248,20 @@ class Object:
             lib.sgw_attach_tcx(fd, ifindex, is_first), f"attach {program} to", interface
         )
         return link
+
+    def attach_filter(
+        self, program: str, owner: int, ifindex: int, interface: str, *, is_first: bool
+    ) -> None:
+        """Attach `program` to an interface's ingress by a filter, which stays until removed.
+
+        Or have the filter that the owner has there run it from now on.
+        """
+        fd = _check(lib.bpf_program__fd(self._program(program)), "find", program)
+        _check(
+            lib.sgw_clsact_attach(owner, fd, ifindex, is_first),
+            f"attach {program} as a clsact filter to",
+            interface,
+        )
 
     def update_link(self, program: str, link: int, interface: str) -> None:
         """Have `link`, another process's perhaps, run `program` from now on."""

@@ -707,10 +707,11 @@ static int compare_fds(const void *one, const void *other)
 	return *(const int *)one - *(const int *)other;
 }
 
-void sgw_wire_guard(struct sgw_wire *wire, int alive)
+void sgw_wire_guard(struct sgw_wire *wire, int alive, uint32_t clsact_owner, int clsact_name)
 {
 	const struct sgw_wire_settings *settings = &wire->settings;
-	int kept[] = { alive, settings->flows_map, settings->sessions_map, wire->raw4, wire->raw6 };
+	int kept[] = { alive,	   settings->flows_map, settings->sessions_map,
+		       wire->raw4, wire->raw6,		clsact_name };
 	unsigned int first = 0;
 	size_t i;
 	char byte;
@@ -729,6 +730,8 @@ void sgw_wire_guard(struct sgw_wire *wire, int alive)
 	while (read(alive, &byte, 1) < 0 && errno == EINTR)
 		;
 	sgw_wire_reclaim(wire, settings->first, settings->sessions);
+	if (clsact_owner)
+		sgw_clsact_remove(clsact_owner);
 	_exit(0);
 }
 
