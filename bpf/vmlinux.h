@@ -56,6 +56,11 @@ enum {
 };
 
 enum {
+	XFRM_POLICY_IN = 0,
+	XFRM_POLICY_OUT = 1,
+};
+
+enum {
 	BPF_SOCK_OPS_ACTIVE_ESTABLISHED_CB = 4,
 	BPF_SOCK_OPS_PASSIVE_ESTABLISHED_CB = 5,
 	BPF_SOCK_OPS_RETRANS_CB = 9,
@@ -127,7 +132,16 @@ struct net_device {
 	int ifindex;
 };
 
+struct xfrm_policy;
 struct xfrm_state;
+
+struct netns_xfrm {
+	__u32 policy_count[6]; /* 3 directions, then the same for sockets' own */
+};
+
+struct net {
+	struct netns_xfrm xfrm;
+};
 
 struct dst_entry {
 	struct net_device *dev;
@@ -136,6 +150,9 @@ struct dst_entry {
 
 struct sock_common {
 	volatile unsigned char skc_state;
+	struct {
+		struct net *net;
+	} skc_net;
 };
 
 struct sock {
@@ -144,6 +161,7 @@ struct sock {
 		int len;
 	} sk_backlog;
 	struct dst_entry *sk_dst_cache;
+	struct xfrm_policy *sk_policy[2];
 	int sk_wmem_queued;
 	int sk_sndbuf;
 };

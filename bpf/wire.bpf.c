@@ -35,7 +35,9 @@ char LICENSE[] SEC("license") = "Dual BSD/GPL";
 #define ETH_P_IPV6 0x86DD
 #define AF_INET 2
 #define AF_INET6 10
+#define PROTOCOL_ICMP 1
 #define PROTOCOL_TCP 6
+#define PROTOCOL_ICMPV6 58
 #define LOOPBACK_IFINDEX 1 /* in every network namespace */
 #define NS_PER_MS 1000000
 #define FRESH_TTL 64
@@ -90,7 +92,9 @@ struct ipv4_header {
 #define IPV4_CHECK 10
 #define IPV4_TTL 8
 #define IPV4_SOURCE 12
-#define IPV4_FRAGMENT bpf_htons(0x3fff) /* more to come, or an offset */
+#define IPV4_PLAIN 0x45 /* version, and length in words: without options */
+#define IPV4_OFFSET bpf_htons(0x1fff)
+#define IPV4_MORE bpf_htons(0x2000) /* to come, of the same packet */
 
 struct ipv6_header {
 	__be32 version_class_flow;
@@ -101,6 +105,14 @@ struct ipv6_header {
 	__be32 target[4];
 };
 
+/* Extension headers; all but a fragment's begin by the next one's kind and their length. */
+#define IPV6_HOP_BY_HOP 0
+#define IPV6_ROUTING 43
+#define IPV6_FRAGMENT 44
+#define IPV6_DESTINATION 60
+#define IPV6_HEADERS 4 /* more than anybody sends */
+
+#define IPV6_NEXT_HEADER 6
 #define IPV6_HOP_LIMIT 7
 #define IPV6_SOURCE 8
 
@@ -119,8 +131,36 @@ struct tcp_header {
 
 #define TCP_CHECK 16
 
+/* "Too long for the way", and what it quotes of the packet that was. */
+struct quote4 {
+	struct ipv4_header ip;
+	__be16 source;
+	__be16 target;
+	__be32 seq;
+};
+
+struct quote6 {
+	struct ipv6_header ip;
+	__be16 source;
+	__be16 target;
+	__be32 seq;
+};
+
+struct icmp_header {
+	__u8 type;
+	__u8 code;
+	__u16 check;
+	__be32 mtu;
+};
+
+#define ICMP_CHECK 2
+#define ICMP_UNREACHABLE 3
+#define ICMP_TOO_LONG 4 /* a code of it */
+#define ICMPV6_TOO_LONG 2
+
 struct packet {
 	struct wire_flow flow;
+	__u32 oddity; /* enum wire_unfit: what IP has added to it */
 	struct tcp_header *tcp; /* a copy, in wire_scratch */
 	__u32 transport; /* offset of the TCP header */
 	__u32 options_bytes;
@@ -138,8 +178,8 @@ struct packet {
 	__u32 way;
 };
 
-/* Two functions of their own, and not inlined, for the sake of the stack: 512 bytes
- * for all that is called at a time.
+/* Functions of their own, and not inlined, for the sake of the stack: 512 bytes for all
+ * that is called at a time.
  */
 #define __own_stack static __attribute__((noinline))
 
@@ -176,6 +216,10 @@ struct scratch {
 	struct tcp_header tcp;
 	__u32 pad;
 	struct wire_flow left; /* as what sock_wire left the packet that sock_wire_again sees */
+	union {
+		struct quote4 v4;
+		struct quote6 v6;
+	} quoted, told; /* what an error quotes, or a header; and what its receiver knows it by */
 };
 
 struct {
@@ -216,57 +260,96 @@ static __always_inline void tell(const struct packet *packet, __u16 happening, _
 
 /* --- reading a packet */
 
-/* Fill in who sends to whom and where TCP begins: the bytes of the TCP segment,
- * 0 if it is none, or one that is never translated.
+/* Step over IPv6 extension headers: false if no TCP header follows in this packet. */
+__own_stack bool skip_headers(struct __sk_buff *skb, struct packet *packet, __u8 kind)
+{
+	__u32 i;
+
+	for (i = 0; i < IPV6_HEADERS && kind != PROTOCOL_TCP; i++) {
+		struct {
+			__u8 next;
+			__u8 units; /* of 8 bytes, without the first */
+			__be16 fragment;
+		} header;
+
+		if (bpf_skb_load_bytes(skb, packet->transport, &header, sizeof(header)))
+			return false;
+		if (kind == IPV6_FRAGMENT) {
+			if (header.fragment & bpf_htons(0xfff8))
+				return false;
+			packet->oddity = WIRE_FRAGMENTS;
+			packet->transport += 8;
+		} else if (kind == IPV6_HOP_BY_HOP || kind == IPV6_ROUTING ||
+			   kind == IPV6_DESTINATION) {
+			packet->oddity = WIRE_IP_OPTIONS;
+			packet->transport += 8 + header.units * 8;
+		} else {
+			return false;
+		}
+		kind = header.next;
+	}
+	return kind == PROTOCOL_TCP;
+}
+
+/* Fill in who sends to whom and where TCP begins: the bytes of the TCP segment, 0 if it is
+ * none. If there is an oddity it is not a packet to translate; of a fragment's bytes
+ * but the first, nobody says whose they are.
  */
-static __always_inline __u32 read_ip(struct __sk_buff *skb, struct packet *packet)
+static __always_inline __u32 read_ip(struct __sk_buff *skb, struct packet *packet,
+				     struct scratch *scratch)
 {
 	struct wire_flow *flow = &packet->flow;
 	__u32 bytes;
 
 	/* Loaded, not looked at: a driver may leave the headers in a fragment. */
 	if (skb->protocol == bpf_htons(ETH_P_IP)) {
-		struct ipv4_header ip;
+		struct ipv4_header *ip = &scratch->quoted.v4.ip;
 
-		if (bpf_skb_load_bytes(skb, ETH_BYTES, &ip, sizeof(ip)) ||
-		    ip.protocol != PROTOCOL_TCP || ip.version_length != 0x45 ||
-		    ip.fragment & IPV4_FRAGMENT)
-			return 0;
 		flow->family = AF_INET;
-		flow->source[0] = ip.source;
-		flow->target[0] = ip.target;
-		packet->transport = ETH_BYTES + sizeof(ip);
-		/* Above 64 KiB (BIG TCP) there is no length in the header. */
-		bytes = bpf_ntohs(ip.total_bytes);
-		if (bytes)
-			bytes = bytes > sizeof(ip) ? bytes - sizeof(ip) : 1;
-	} else if (skb->protocol == bpf_htons(ETH_P_IPV6)) {
-		struct ipv6_header ip;
-
-		if (bpf_skb_load_bytes(skb, ETH_BYTES, &ip, sizeof(ip)) ||
-		    ip.next_header != PROTOCOL_TCP)
+		if (bpf_skb_load_bytes(skb, ETH_BYTES, ip, sizeof(*ip)) ||
+		    ip->protocol != PROTOCOL_TCP || ip->fragment & IPV4_OFFSET)
 			return 0;
+		flow->source[0] = ip->source;
+		flow->target[0] = ip->target;
+		if (ip->version_length != IPV4_PLAIN)
+			packet->oddity = WIRE_IP_OPTIONS;
+		if (ip->fragment & IPV4_MORE)
+			packet->oddity = WIRE_FRAGMENTS;
+		packet->transport = ETH_BYTES + (ip->version_length & 15) * 4;
+		/* Above 64 KiB (BIG TCP) there is no length in the header. */
+		bytes = bpf_ntohs(ip->total_bytes);
+		if (bytes)
+			bytes = bytes > sizeof(*ip) ? bytes - sizeof(*ip) : 1;
+	} else if (skb->protocol == bpf_htons(ETH_P_IPV6)) {
+		struct ipv6_header *ip = &scratch->quoted.v6.ip;
+
 		flow->family = AF_INET6;
-		__builtin_memcpy(flow->source, ip.source, sizeof(flow->source));
-		__builtin_memcpy(flow->target, ip.target, sizeof(flow->target));
-		packet->transport = ETH_BYTES + sizeof(ip);
-		bytes = bpf_ntohs(ip.payload_bytes);
+		if (bpf_skb_load_bytes(skb, ETH_BYTES, ip, sizeof(*ip)))
+			return 0;
+		packet->transport = ETH_BYTES + sizeof(*ip);
+		if (ip->next_header != PROTOCOL_TCP && !skip_headers(skb, packet, ip->next_header))
+			return 0;
+		__builtin_memcpy(flow->source, ip->source, sizeof(flow->source));
+		__builtin_memcpy(flow->target, ip->target, sizeof(flow->target));
+		bytes = bpf_ntohs(ip->payload_bytes);
 	} else {
 		return 0;
 	}
+	if (packet->oddity)
+		return 1;
 	if (!bytes)
 		bytes = skb->len - packet->transport;
 	return bytes <= skb->len - packet->transport ? bytes : 0;
 }
 
-/* The whole of it: false if it is not TCP, or cut short. */
-static __always_inline bool read_packet(struct __sk_buff *skb, struct packet *packet)
+/* The rest of it: false if it is cut short. */
+static __always_inline bool read_tcp(struct __sk_buff *skb, struct packet *packet,
+				     __u32 segment_bytes)
 {
 	struct tcp_header *tcp = packet->tcp;
-	__u32 segment_bytes = read_ip(skb, packet);
 	__u32 header_bytes, options_bytes;
 
-	if (!segment_bytes || bpf_skb_load_bytes(skb, packet->transport, tcp, TCP_HEADER_BYTES))
+	if (bpf_skb_load_bytes(skb, packet->transport, tcp, TCP_HEADER_BYTES))
 		return false;
 	header_bytes = (tcp->offset >> 4) * 4;
 	if (header_bytes < TCP_HEADER_BYTES || header_bytes > segment_bytes)
@@ -394,6 +477,20 @@ static __always_inline struct bpf_sock *find_socket(struct __sk_buff *skb,
 	return bpf_sk_lookup_tcp(skb, &tuple, sizeof(tuple.ipv6), BPF_F_CURRENT_NETNS, 0);
 }
 
+/* Whether IPsec has a say in what this socket sends or receives. Its own policies are
+ * known; of the namespace's only that there are some: the route that the socket
+ * remembers may be older than the last of them.
+ */
+static __always_inline bool has_policy(struct sock *sk)
+{
+	struct net *net = sk->__sk_common.skc_net.net;
+
+	if (bpf_core_field_exists(sk->sk_policy) && (sk->sk_policy[0] || sk->sk_policy[1]))
+		return true;
+	return bpf_core_field_exists(net->xfrm) &&
+	       (net->xfrm.policy_count[XFRM_POLICY_IN] || net->xfrm.policy_count[XFRM_POLICY_OUT]);
+}
+
 /* Where packets to the peer of this socket leave; 0: not known at the moment. */
 static __always_inline __u32 out_of(struct tcp_sock *socket, bool *is_transformed)
 {
@@ -401,6 +498,7 @@ static __always_inline __u32 out_of(struct tcp_sock *socket, bool *is_transforme
 	struct dst_entry *route = sk->sk_dst_cache;
 	struct net_device *device;
 
+	*is_transformed |= has_policy(sk);
 	if (!route)
 		return 0;
 	*is_transformed |= route->xfrm != NULL;
@@ -806,6 +904,189 @@ static __always_inline bool meet(struct __sk_buff *skb, struct packet *packet, b
 	return state == WIRE_SWITCHED;
 }
 
+/* Of a session, and not to be translated: IP has added something that would not fit what
+ * is made of it. Before the switch the session stays with our sockets for good, which
+ * have the packet; after it nobody gets it. Up the stack there is no socket for it
+ * any more, and a reset would be the answer; who means it sends it again, without.
+ */
+static __always_inline int refuse(struct __sk_buff *skb, struct packet *packet)
+{
+	struct wire_session *session;
+	__u32 state;
+
+	/* Of a fragment there may be less; its ports are there. */
+	if (bpf_skb_load_bytes(skb, packet->transport, packet->tcp, TCP_HEADER_BYTES) &&
+	    bpf_skb_load_bytes(skb, packet->transport, packet->tcp, 4))
+		return NEXT;
+	packet->flow.source_port = packet->tcp->source;
+	packet->flow.target_port = packet->tcp->target;
+	if (!find_session(packet))
+		return NEXT;
+	session = packet->session;
+	bpf_spin_lock(&session->lock);
+	state = session->generation == packet->generation ? session->state : WIRE_FREE;
+	if (state == WIRE_ARMED)
+		session->state = WIRE_UNFIT;
+	bpf_spin_unlock(&session->lock);
+	if (state == WIRE_ARMED)
+		tell(packet, WIRE_IS_UNFIT, packet->oddity);
+	return state == WIRE_SWITCHED ? TC_ACT_SHOT : NEXT;
+}
+
+/* --- errors about what we have sent on */
+
+/* Where this way's packets leave; 0: up the stack. */
+static __always_inline __u32 way_out(const struct packet *packet)
+{
+	const struct wire_slot *slot = packet->slot;
+	__u32 ifindex = packet->session->ifindex[packet->way & 1];
+	__u64 route = READ_ONCE(slot->route);
+
+	return ifindex && route >> 32 == packet->generation ? (__u32)route : ifindex;
+}
+
+/* The session whose packet is quoted: its sender is the other end of the way that the
+ * quoted packet's receiver sends by. Returns that sender's leg, NULL if it is none of ours.
+ */
+static __always_inline const struct wire_flow *find_quoted(struct packet *packet)
+{
+	if (!find_session(packet) || READ_ONCE(packet->session->state) != WIRE_SWITCHED)
+		return NULL;
+	return &packet->session->flows[!packet->way];
+}
+
+/* Make an error about a packet that we have translated one about the packet that it was,
+ * and send it to who has sent that. The sum over the quoted IPv4 header stays
+ * what it was, because its checksum changes with the addresses.
+ */
+__own_stack int pass_error4(struct __sk_buff *skb, struct scratch *scratch)
+{
+	const __u32 at_icmp = ETH_BYTES + sizeof(struct ipv4_header);
+	const __u32 at_quote = at_icmp + sizeof(struct icmp_header);
+	struct quote4 *quoted = &scratch->quoted.v4, *told = &scratch->told.v4;
+	__u16 fresh = bpf_htons(FRESH_TTL << 8 | PROTOCOL_ICMP), ttl;
+	const struct wire_flow *sender;
+	struct packet packet = {};
+	struct icmp_header icmp;
+	struct ipv4_header ip;
+	__be32 addresses[2];
+	__u32 ifindex, sum;
+	__s64 change;
+
+	if (bpf_skb_load_bytes(skb, ETH_BYTES, &ip, sizeof(ip)) ||
+	    ip.version_length != IPV4_PLAIN || ip.fragment & (IPV4_OFFSET | IPV4_MORE) ||
+	    bpf_skb_load_bytes(skb, at_icmp, &icmp, sizeof(icmp)) ||
+	    icmp.type != ICMP_UNREACHABLE || icmp.code != ICMP_TOO_LONG ||
+	    bpf_skb_load_bytes(skb, at_quote, quoted, sizeof(*quoted)) ||
+	    quoted->ip.version_length != IPV4_PLAIN || quoted->ip.protocol != PROTOCOL_TCP)
+		return NEXT;
+	packet.flow.family = AF_INET;
+	packet.flow.source[0] = quoted->ip.target;
+	packet.flow.target[0] = quoted->ip.source;
+	packet.flow.source_port = quoted->target;
+	packet.flow.target_port = quoted->source;
+	sender = find_quoted(&packet);
+	if (!sender)
+		return NEXT;
+	ifindex = way_out(&packet);
+	if (!ifindex)
+		return NEXT;
+
+	*told = *quoted;
+	told->ip.source = sender->source[0];
+	told->ip.target = sender->target[0];
+	told->source = sender->source_port;
+	told->target = sender->target_port;
+	told->seq = bpf_htonl(bpf_ntohl(quoted->seq) - packet.session->seq_offset[!packet.way]);
+	sum = bpf_csum_diff(&quoted->ip.source, 8, &told->ip.source, 8, (__u16)~quoted->ip.check);
+	sum = (sum & 0xffff) + (sum >> 16);
+	sum = (sum & 0xffff) + (sum >> 16);
+	told->ip.check = ~sum;
+	change = bpf_csum_diff((__be32 *)quoted, sizeof(*quoted), (__be32 *)told, sizeof(*told), 0);
+	if (bpf_skb_store_bytes(skb, at_quote, told, sizeof(*told), 0) ||
+	    bpf_l4_csum_replace(skb, at_icmp + ICMP_CHECK, 0, change, 0))
+		return TC_ACT_SHOT;
+
+	addresses[0] = sender->target[0];
+	addresses[1] = sender->source[0];
+	change = bpf_csum_diff(&ip.source, 8, addresses, 8, 0);
+	__builtin_memcpy(&ttl, &ip.ttl, sizeof(ttl));
+	if (bpf_skb_store_bytes(skb, ETH_BYTES + IPV4_SOURCE, addresses, 8, 0) ||
+	    bpf_skb_store_bytes(skb, ETH_BYTES + IPV4_TTL, &fresh, sizeof(fresh), 0) ||
+	    bpf_l3_csum_replace(skb, ETH_BYTES + IPV4_CHECK, 0, change, 0) ||
+	    bpf_l3_csum_replace(skb, ETH_BYTES + IPV4_CHECK, ttl, fresh, sizeof(fresh)))
+		return TC_ACT_SHOT;
+	return bpf_redirect_neigh(ifindex, NULL, 0, 0);
+}
+
+/* The same; IPv6 has no checksum of its own, but ICMPv6's covers the addresses. */
+__own_stack int pass_error6(struct __sk_buff *skb, struct scratch *scratch)
+{
+	const __u32 at_icmp = ETH_BYTES + sizeof(struct ipv6_header);
+	const __u32 at_quote = at_icmp + sizeof(struct icmp_header);
+	struct quote6 *quoted = &scratch->quoted.v6, *told = &scratch->told.v6;
+	const struct wire_flow *sender;
+	struct packet packet = {};
+	struct icmp_header icmp;
+	__be32 before[8], addresses[8];
+	__u8 fresh = FRESH_TTL;
+	__s64 change;
+	__u32 ifindex;
+
+	if (bpf_skb_load_bytes(skb, at_icmp, &icmp, sizeof(icmp)) || icmp.type != ICMPV6_TOO_LONG ||
+	    bpf_skb_load_bytes(skb, at_quote, quoted, sizeof(*quoted)) ||
+	    quoted->ip.next_header != PROTOCOL_TCP)
+		return NEXT;
+	packet.flow.family = AF_INET6;
+	__builtin_memcpy(packet.flow.source, quoted->ip.target, 16);
+	__builtin_memcpy(packet.flow.target, quoted->ip.source, 16);
+	packet.flow.source_port = quoted->target;
+	packet.flow.target_port = quoted->source;
+	sender = find_quoted(&packet);
+	if (!sender)
+		return NEXT;
+	ifindex = way_out(&packet);
+	if (!ifindex)
+		return NEXT;
+
+	*told = *quoted;
+	__builtin_memcpy(told->ip.source, sender->source, 16);
+	__builtin_memcpy(told->ip.target, sender->target, 16);
+	told->source = sender->source_port;
+	told->target = sender->target_port;
+	told->seq = bpf_htonl(bpf_ntohl(quoted->seq) - packet.session->seq_offset[!packet.way]);
+	change = bpf_csum_diff((__be32 *)quoted, sizeof(*quoted), (__be32 *)told, sizeof(*told), 0);
+	if (bpf_skb_store_bytes(skb, at_quote, told, sizeof(*told), 0) ||
+	    bpf_l4_csum_replace(skb, at_icmp + ICMP_CHECK, 0, change, 0))
+		return TC_ACT_SHOT;
+
+	__builtin_memcpy(addresses, sender->target, 16);
+	__builtin_memcpy(addresses + 4, sender->source, 16);
+	if (bpf_skb_load_bytes(skb, ETH_BYTES + IPV6_SOURCE, before, sizeof(before)))
+		return TC_ACT_SHOT;
+	change = bpf_csum_diff(before, sizeof(before), addresses, sizeof(addresses), 0);
+	if (bpf_skb_store_bytes(skb, ETH_BYTES + IPV6_SOURCE, addresses, sizeof(addresses), 0) ||
+	    bpf_skb_store_bytes(skb, ETH_BYTES + IPV6_HOP_LIMIT, &fresh, 1, 0) ||
+	    bpf_l4_csum_replace(skb, at_icmp + ICMP_CHECK, 0, change, BPF_F_PSEUDO_HDR))
+		return TC_ACT_SHOT;
+	return bpf_redirect_neigh(ifindex, NULL, 0, 0);
+}
+
+/* Of a packet without TCP: NEXT, unless it is an error about one of a session on wire. */
+static __always_inline int pass_error(struct __sk_buff *skb, struct scratch *scratch, __u32 family)
+{
+	__u8 protocol = 0;
+
+	if (family == AF_INET && !bpf_skb_load_bytes(skb, ETH_BYTES + IPV4_TTL + 1, &protocol, 1) &&
+	    protocol == PROTOCOL_ICMP)
+		return pass_error4(skb, scratch);
+	if (family == AF_INET6 &&
+	    !bpf_skb_load_bytes(skb, ETH_BYTES + IPV6_NEXT_HEADER, &protocol, 1) &&
+	    protocol == PROTOCOL_ICMPV6)
+		return pass_error6(skb, scratch);
+	return NEXT;
+}
+
 static __always_inline bool is_equal(const struct wire_flow *one, const struct wire_flow *other)
 {
 	const __u64 *words = (const __u64 *)one, *others = (const __u64 *)other;
@@ -819,7 +1100,7 @@ static __always_inline int pass_on(struct __sk_buff *skb, bool is_again)
 	bool is_local = skb->ifindex == LOOPBACK_IFINDEX, is_known, is_last;
 	struct packet packet = {};
 	struct scratch *scratch;
-	__u32 ifindex, zero = 0;
+	__u32 ifindex, segment_bytes, zero = 0;
 
 	/* With its tag beside it, a packet of a VLAN: it comes by once more, as
 	 * the VLAN's own.
@@ -830,7 +1111,12 @@ static __always_inline int pass_on(struct __sk_buff *skb, bool is_again)
 	if (!scratch)
 		return NEXT;
 	packet.tcp = &scratch->tcp;
-	if (!read_packet(skb, &packet))
+	segment_bytes = read_ip(skb, &packet, scratch);
+	if (!segment_bytes)
+		return pass_error(skb, scratch, packet.flow.family);
+	if (packet.oddity)
+		return refuse(skb, &packet);
+	if (!read_tcp(skb, &packet, segment_bytes))
 		return NEXT;
 	if (is_again && is_equal(&scratch->left, &packet.flow))
 		return NEXT;
@@ -857,7 +1143,7 @@ static __always_inline int pass_on(struct __sk_buff *skb, bool is_again)
 	if (!is_known)
 		return TC_ACT_SHOT;
 	is_last = account(&packet);
-	ifindex = packet.session->ifindex[packet.way & 1];
+	ifindex = way_out(&packet);
 	if (!translate(skb, &packet))
 		return TC_ACT_SHOT; /* no memory: its sender will send it again */
 	if (is_local && !is_again) {

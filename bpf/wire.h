@@ -84,10 +84,15 @@ struct wire_slot {
 	__u32 generation; /* of a session's first slot: how often it was armed */
 	__u32 is_chatty; /* of a session's first slot: it never sends much at once */
 	__u32 userspace_pad;
+	/* Where this way's packets leave, if the route has changed since the switch: an
+	 * interface, and above it the generation that it is meant for; one word, so
+	 * that nobody reads half of it.
+	 */
+	__u64 route;
 	__u64 counted_before; /* bytes, when the session was armed */
 	__u64 copied; /* bytes of this way before the switch */
 	__u64 started_ns; /* of a session's first slot: CLOCK_MONOTONIC */
-	__u64 userspace_pads[3];
+	__u64 userspace_pads[2];
 };
 
 /* Why a session does not go by wire. */
@@ -101,7 +106,9 @@ enum wire_unfit {
 	WIRE_MIXED_LEGS, /* one peer is on this host, the other is not */
 	WIRE_MIXED_FAMILIES, /* one leg is IPv4, the other IPv6 */
 	WIRE_LINK_LOCAL, /* an address needs a scope */
-	WIRE_XFRM, /* a leg is encrypted or encapsulated */
+	WIRE_XFRM, /* IPsec: a leg is encrypted or encapsulated, or may be next */
+	WIRE_IP_OPTIONS, /* or IPv6 extension headers */
+	WIRE_FRAGMENTS,
 	WIRE_NO_ROOM, /* in the maps */
 	WIRE_NO_MOMENT, /* something was always in flight */
 	WIRE_NOT_ESTABLISHED, /* an end was reset or has sent its FIN */

@@ -86,6 +86,8 @@ FALLBACK_REASONS = (
     "mixed_families",
     "link_local",
     "xfrm",
+    "ip_options",
+    "fragments",
     "netfilter",
     "other",
 )

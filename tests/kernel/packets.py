@@ -140,6 +140,8 @@ def _parse(frame: bytes, *, is_partial: bool) -> Packet | None:
     (kind,) = struct.unpack_from("!H", frame, 12)
     data = frame[_ETH_BYTES:]
     if kind == _ETH_P[socket.AF_INET] and data[9] == socket.IPPROTO_TCP:
+        if int.from_bytes(data[6:8], "big") & 0x1FFF:
+            return None  # a fragment, and not the first
         family, header_bytes, hosts = socket.AF_INET, (data[0] & 15) * 4, data[12:20]
         segment = data[header_bytes : int.from_bytes(data[2:4], "big")]
     elif kind == _ETH_P[socket.AF_INET6] and data[6] == socket.IPPROTO_TCP:
@@ -217,26 +219,67 @@ def inject(
     flags: int,
     window: int = 1 << 15,
     options: bytes = b"",
+    payload: bytes = b"",
+    ip_options: bytes = b"",
+    cut_at: int = 0,
 ) -> None:
-    """Send a TCP packet without payload that nobody's socket has made."""
+    """Send a TCP packet that nobody's socket has made.
+
+    With `ip_options` in the IPv4 header, or in an IPv6 header of their own; cut into two
+    fragments behind so many bytes from the TCP header on.
+    """
     family = socket.AF_INET6 if ":" in source[0] else socket.AF_INET
     hosts = socket.inet_pton(family, source[0]) + socket.inet_pton(family, target[0])
-    assert len(options) % 4 == 0
+    assert len(options) % 4 == len(ip_options) % 4 == cut_at % 8 == 0
     length = 20 + len(options)
     header = struct.pack(
         "!HHIIBBHHH",
         *(source[1], target[1], seq % MODULUS, ack % MODULUS),
         *(length << 2, flags, window, 0, 0),
     )
-    segment = bytearray(header + options)
-    check = 0xFFFF - _sum(_pseudo_header(family, hosts, length) + segment)
+    segment = bytearray(header + options + payload)
+    check = 0xFFFF - _sum(_pseudo_header(family, hosts, len(segment)) + segment)
     segment[_TCP_CHECK] = check.to_bytes(2, "big")
-    if family == socket.AF_INET:  # the kernel fills in the length and the checksum
-        ip = struct.pack("!BBHHHBBH", 0x45, 0, 0, 0, 0, 64, socket.IPPROTO_TCP, 0) + hosts
-    else:
-        ip = struct.pack("!IHBB", 6 << 28, length, socket.IPPROTO_TCP, 64) + hosts
+    packet_of = _ipv4_packet if family == socket.AF_INET else _ipv6_packet
     with socket.socket(family, socket.SOCK_RAW, socket.IPPROTO_RAW) as raw:
-        raw.sendto(ip + segment, (target[0], 0))
+        for begin, end in ((0, cut_at), (cut_at, len(segment))) if cut_at else ((0, None),):
+            fragment = (begin, end != len(segment)) if cut_at else None
+            packet = packet_of(hosts, ip_options, fragment, bytes(segment[begin:end]))
+            raw.sendto(packet, (target[0], 0))
+
+
+_FRAGMENTED_AS = 0x5A17
+_IPV6_FRAGMENT, _IPV6_DESTINATION = 44, 60
+
+
+def _ipv4_packet(
+    hosts: bytes, options: bytes, fragment: tuple[int, bool] | None, data: bytes
+) -> bytes:
+    offset, has_more = fragment or (0, False)
+    # The kernel fills in the length and the checksum.
+    header = struct.pack(
+        "!BBHHHBBH",
+        *(0x45 + len(options) // 4, 0, 0, _FRAGMENTED_AS if fragment else 0),
+        *(has_more << 13 | offset // 8, 64, socket.IPPROTO_TCP, 0),
+    )
+    return header + hosts + options + data
+
+
+def _ipv6_packet(
+    hosts: bytes, options: bytes, fragment: tuple[int, bool] | None, data: bytes
+) -> bytes:
+    kind = socket.IPPROTO_TCP
+    if fragment:
+        offset, has_more = fragment
+        data = struct.pack("!BBHI", kind, 0, offset | has_more, _FRAGMENTED_AS) + data
+        kind = _IPV6_FRAGMENT
+    if options:
+        # One option of kind 0x1e (for experiments, skipped by who does not know it).
+        padded = options + bytes(-(len(options) + 4) % 8)
+        words = (len(padded) + 4) // 8
+        data = struct.pack("!BBBB", kind, words - 1, 0x1E, len(padded)) + padded + data
+        kind = _IPV6_DESTINATION
+    return struct.pack("!IHBB", 6 << 28, len(data), kind, 64) + hosts + data
 
 
 # --- sockets in repair mode, tcp(7)'s way to give one the state of another

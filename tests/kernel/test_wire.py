@@ -21,7 +21,7 @@ import struct
 import subprocess
 import time
 from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import pytest
 
@@ -93,6 +93,10 @@ FRESH_TTL = 64
 TTL_OPTIONS = {
     socket.AF_INET: (socket.IPPROTO_IP, socket.IP_TTL),
     socket.AF_INET6: (socket.IPPROTO_IPV6, socket.IPV6_UNICAST_HOPS),
+}
+XFRM_POLICY = {  # <linux/in.h>, <linux/in6.h>
+    socket.AF_INET: (socket.IPPROTO_IP, 17),
+    socket.AF_INET6: (socket.IPPROTO_IPV6, 35),
 }
 TCP_CLOSE = 7
 FAR = MODULUS // 2
@@ -580,6 +584,66 @@ def test_segments_too_long_for_the_other_leg(ipv4_worker: Worker) -> None:
     assert session.is_forgotten
 
 
+def talk_off_wire(session: Session, worker: Worker, reason: str) -> None:
+    """Exchange, and see that the session was kept off the wire and counted for `reason`."""
+    for _ in range(3):
+        for way in Way:
+            session.say(way, b"on, ")
+            session.expect()
+    assert worker.loop.unfit[worker.wire.unfit_names.index(reason)] == 1
+    assert session.is_forgotten
+    assert worker.loop.wired == 0
+
+
+@contextlib.contextmanager
+def ipsec_policy(direction: str) -> Iterator[None]:
+    """Have an IPsec policy in this namespace, of addresses that nobody here has."""
+    which = ("src", "192.0.2.0/25", "dst", "192.0.2.128/25", "dir", direction)
+    subprocess.run(["ip", "xfrm", "policy", "add", *which], check=True, timeout=DEADLINE_S)
+    try:
+        yield
+    finally:
+        subprocess.run(["ip", "xfrm", "policy", "delete", *which], check=True, timeout=DEADLINE_S)
+
+
+needs_ipsec = pytest.mark.skipif(
+    not Path("/proc/net/xfrm_stat").exists(), reason="a kernel without CONFIG_XFRM_STATISTICS"
+)
+
+
+@needs_ipsec
+@pytest.mark.parametrize("direction", ["in", "out"])
+def test_ipsec_policy_of_the_namespace(worker: Worker, direction: str) -> None:
+    """Where IPsec policies are, sessions stay with us; when they are gone, they switch."""
+    with ipsec_policy(direction):
+        talk_off_wire(worker.open(), worker, "xfrm")
+    worker.ready().switch()
+
+
+@needs_ipsec
+def test_ipsec_policy_that_forwards(worker: Worker) -> None:
+    """A policy for what this host routes for others is none for a session."""
+    with ipsec_policy("fwd"):
+        worker.ready().switch()
+
+
+def set_ipsec_policy(sock: socket.socket, direction: int) -> None:
+    """Give a socket an IPsec policy of its own, one that lets everything pass."""
+    # struct xfrm_userpolicy_info, <linux/xfrm.h>: a selector, limits, usage, then what it is.
+    policy = struct.pack("=40xH14x64x32xIIBBBB4x", sock.family, 0, 0, direction, 0, 0, 0)
+    sock.setsockopt(*XFRM_POLICY[sock.family], policy)
+
+
+@needs_ipsec
+@pytest.mark.parametrize("direction", [0, 1], ids=["in", "out"])
+def test_ipsec_policy_of_a_socket(worker: Worker, way: Way, direction: int) -> None:
+    """A session of which one of our sockets has an IPsec policy of its own stays with us."""
+    session = worker.ready()
+    with session.our_sockets() as ours:
+        set_ipsec_policy(ours[way], direction)
+    talk_off_wire(session, worker, "xfrm")
+
+
 def test_legs_of_different_families(workers: MakeWorker) -> None:
     """A session from IPv6 to IPv4 goes through us."""
     backend = socket.create_server((HOSTS[socket.AF_INET], 0))
@@ -804,6 +868,83 @@ def test_options_that_the_program_does_not_know(
     onward = {session.onward(way) for way in Way}
     seen = [one for one in arrived.packets() if one.payload == b""]
     assert all((one.source, one.target) in onward and one.stamps for one in seen)
+
+
+ODDITIES = pytest.mark.parametrize(
+    ("odd", "reason"),
+    [
+        ({"ip_options": bytes(4)}, "ip_options"),
+        ({"cut_at": 32}, "fragments"),
+        ({"ip_options": bytes(4), "cut_at": 24}, "fragments"),
+    ],
+    ids=["options", "fragments", "both"],
+)
+STAMPS = bytes((1, 1, 8, 10)) + bytes(8)
+
+
+@ODDITIES
+def test_oddities_of_ip_keep_a_session_from_switching(
+    worker: Worker, way: Way, odd: dict[str, Any], reason: str
+) -> None:
+    """A session of which IP options or a fragment was seen goes on through us, and is counted."""
+    session = worker.ready()
+    unfit = worker.wire.unfit_names.index(reason)
+    # An old number, as of a keep-alive: our socket has no use for the byte.
+    seq = session.let_through[WAYS.index(way)] - 1
+    inject(*session.inbound(way), seq=seq, flags=ACK, options=STAMPS, payload=b"x", **odd)
+    worker.until(lambda: worker.loop.unfit[unfit], "the session is unfit")
+    assert session.is_forgotten
+    for _ in range(AGAIN_AND_AGAIN):
+        for each in Way:
+            session.say(each, b"all the same")
+            session.expect()
+    assert sum(worker.loop.unfit) == 1
+    assert worker.loop.wired == 0
+
+
+@ODDITIES
+def test_oddities_of_ip_on_the_wire(
+    worker: Worker, taps: MakeTaps, way: Way, odd: dict[str, Any], reason: str
+) -> None:
+    """On the wire a packet with IP options, or in fragments, goes nowhere and harms nobody."""
+    sent, arrived = taps(worker.family)
+    session = worker.wired()
+    sent.packets()
+    arrived.packets()
+    sender, receiver = session.slot(way), session.slot(reverse_of(way))
+    seq, ack = sender.end, receiver.end
+    for flags in (ACK, RST | ACK):
+        inject(*session.inbound(way), seq=seq, ack=ack, flags=flags, payload=b"forged!!", **odd)
+    session.goes_on()
+    ours = {session.onward(each) for each in Way}
+    assert not [one for one in sent.packets() if (one.source, one.target) in ours]
+    assert not [one for one in arrived.packets() if b"forged" in one.payload]
+    assert session.state is SWITCHED
+    session.goes_on()
+
+
+def set_ip_options(sock: socket.socket, *, are_on: bool) -> None:
+    """Have a socket send options in its IP headers, or none."""
+    if sock.family == socket.AF_INET:
+        sock.setsockopt(socket.IPPROTO_IP, socket.IP_OPTIONS, bytes((1, 1, 1, 0)) * are_on)
+    else:
+        # Padding is an option, too.
+        header = bytes((0, 0, 1, 4, 0, 0, 0, 0)) * are_on
+        sock.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_DSTOPTS, header)
+
+
+def test_sender_that_begins_to_use_ip_options(worker: Worker, way: Way) -> None:
+    """What a peer on the wire sends with IP options is delivered when it sends it without."""
+    session = worker.wired()
+    sender, receiver = session.ends(way)
+    set_ip_options(sender.socket, are_on=True)
+    session.say(way, b"with options")
+    # Longer than until it is sent again.
+    readable, _, _ = select.select([sender.socket, receiver.socket], [], [], 2 * RTO_MIN_S)
+    assert not readable, "nobody is told anything"
+    set_ip_options(sender.socket, are_on=False)
+    session.expect(is_polling=False)
+    session.goes_on()
 
 
 class ForgedServer:

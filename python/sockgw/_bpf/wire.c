@@ -286,6 +286,7 @@ enum wire_unfit wire_arm(struct sgw_wire *wire, const int *fds, uint32_t worker,
 		struct wire_slot *slot = wire_slot(wire, *id, way);
 
 		slot->has_fin = slot->has_reset = slot->is_reused = 0;
+		slot->route = 0;
 		slot->counted_before = slot->bytes;
 	}
 	session.generation = ++wire_slot(wire, *id, 0)->generation;
@@ -645,6 +646,8 @@ const char *sgw_unfit_name(uint32_t unfit)
 		[WIRE_MIXED_FAMILIES] = "mixed_families",
 		[WIRE_LINK_LOCAL] = "link_local",
 		[WIRE_XFRM] = "xfrm",
+		[WIRE_IP_OPTIONS] = "ip_options",
+		[WIRE_FRAGMENTS] = "fragments",
 		[WIRE_NO_ROOM] = "no_wire_room",
 		[WIRE_NO_MOMENT] = "no_moment",
 		[WIRE_NOT_ESTABLISHED] = "not_established",
