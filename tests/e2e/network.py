@@ -182,7 +182,16 @@ class _End:
         return "to-" + self.machine.name[7:10]
 
 
-def _connect(one: _End, other: _End, *, is_slow: bool) -> None:
+@dataclass(frozen=True)
+class Beyond:
+    """A machine behind others, and its addresses."""
+
+    machine: NetworkNamespace
+    ipv4: str
+    ipv6: str
+
+
+def _connect(one: _End, other: _End, *, is_slow: bool, mtu: int = _MTU) -> None:
     """Link two namespaces; slowly: 400 Mbit/s and so short a queue that packets are lost."""
     one.machine.ip("link", "add", other.device_towards, "type", "veth", "peer", "name", "peer")
     one.machine.ip("link", "set", "peer", "netns", other.machine.name, "name", one.device_towards)
@@ -190,7 +199,7 @@ def _connect(one: _End, other: _End, *, is_slow: bool) -> None:
         device = opposite.device_towards
         for address in end.addresses:
             end.machine.ip("address", "add", address, "dev", device)
-        end.machine.ip("link", "set", device, "mtu", str(_MTU), "up")
+        end.machine.ip("link", "set", device, "mtu", str(mtu), "up")
         if is_slow:
             end.machine.tc(
                 *("qdisc", "add", "dev", device, "root", "tbf"),
@@ -246,6 +255,56 @@ class Network:
         finally:
             for end, name in ends:
                 end.ip("link", "set", name, "mtu", str(_MTU))
+
+    @contextlib.contextmanager
+    def narrow_beyond(self, machine: NetworkNamespace, mtu: int) -> Iterator[Beyond]:
+        """Let `machine` be a router for the body, two more behind it, and the MTU between small.
+
+        What the farthest one has been told, and tells, of the size of segments knows
+        nothing of that: it is found by what is too long, and by the errors about it.
+        """
+        at = 10 if machine is self.client else 20
+        near = machine, ("10.77.1.2", "fd77:1::2")
+        if machine is self.backend:
+            near = machine, (self.BACKEND, self.BACKEND_6)
+        with contextlib.ExitStack() as undo:
+            middle, far = NetworkNamespace("mid"), NetworkNamespace("far")
+            for made in (middle, far):
+                undo.callback(made.close)
+            nets = [(f"10.77.{at + number}.", f"fd77:{at + number}::") for number in range(2)]
+            for (one, other), net, size in zip(
+                ((machine, middle), (middle, far)), nets, (mtu, _MTU), strict=True
+            ):
+                _connect(
+                    *(
+                        _End(end, (f"{net[0]}{number}/24", f"{net[1]}{number}/64"))
+                        for number, end in enumerate((one, other), 1)
+                    ),
+                    is_slow=False,
+                    mtu=size,
+                )
+            for router in (machine, middle):
+                undo.enter_context(router.changed("net.ipv4.ip_forward", 1))
+                undo.enter_context(router.changed("net.ipv6.conf.all.forwarding", 1))
+            undo.callback(machine.ip, "link", "delete", "to-mid")
+            for version in range(2):
+                family, wide = (("-4", "0.0.0.0/0"), ("-6", "::/0"))[version]
+                length = (24, 64)[version]
+                farthest = f"{nets[1][version]}{'0' if version == 0 else ''}/{length}"
+                self.gateway.ip(family, "route", "add", farthest, "via", near[1][version])
+                undo.callback(self.gateway.ip, family, "route", "delete", farthest)
+                machine.ip(family, "route", "add", farthest, "via", f"{nets[0][version]}2")
+                gateway = self._gateways(machine)[version]
+                machine.ip(family, "route", "replace", wide, "via", gateway)
+                undo.callback(machine.ip, family, "route", "delete", wide)
+                middle.ip(family, "route", "add", wide, "via", f"{nets[0][version]}1")
+                far.ip(family, "route", "add", wide, "via", f"{nets[1][version]}1")
+            yield Beyond(far, f"{nets[1][0]}2", f"{nets[1][1]}2")
+
+    def _gateways(self, machine: NetworkNamespace) -> tuple[str, str]:
+        if machine is self.client:
+            return self.GATEWAY_SEEN_BY_CLIENT, self.GATEWAY_SEEN_BY_CLIENT_6
+        return "10.77.2.1", "fd77:2::1"
 
     def ends(self) -> dict[NetworkNamespace, tuple[str, ...]]:
         """Return the devices of each machine that are ends of links."""

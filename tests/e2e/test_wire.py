@@ -1641,6 +1641,47 @@ def test_a_neighbour_with_a_new_address(shared: Shared, place: Place, wired: Ope
     assert on_wire(shared.gateway) == 1
 
 
+NARROW_MTU = 1300
+FOUND_WITHIN_S = 3.0  # an error is answered at once; without it, nothing of that size arrives
+
+
+@far
+def test_a_path_to_the_backend_that_is_narrow(
+    gateway: StartGateway, place: Place, wired: OpenSession
+) -> None:
+    """The client learns how long its packets may be on the way between gateway and backend."""
+    machines = place.machines
+    with machines.narrow_beyond(machines.backend, NARROW_MTU) as beyond:
+        host = beyond.ipv6 if place.is_ipv6 else beyond.ipv4
+        with beyond.machine.run(Backend, host) as backend:
+            kept = wired(gateway(backend.address), backend)
+            assert_long_packets_arrive(kept, FOUND_WITHIN_S)
+
+
+@far
+def test_a_path_to_the_client_that_is_narrow(shared: Shared, place: Place) -> None:
+    """The backend learns how long its packets may be on the way between gateway and client."""
+    machines = place.machines
+    running, backend = shared.both
+    with machines.narrow_beyond(machines.client, NARROW_MTU) as beyond:
+        client = beyond.machine.run(connect, running.address)
+        with contextlib.closing(client), contextlib.closing(backend.accept()) as server:
+            await_switch(running, client, server)
+            assert_long_packets_arrive(Session(client, server), FOUND_WITHIN_S)
+
+
+def assert_long_packets_arrive(kept: Session, within_s: float) -> None:
+    """Send much both ways; if a packet is too long for the way, its sender must hear of it."""
+    begun = time.monotonic()
+    client, server, _ = kept
+    segments = [sock.getsockopt(socket.IPPROTO_TCP, socket.TCP_MAXSEG) for sock in (client, server)]
+    assert min(segments) > NARROW_MTU, "found before the switch: not what is tested"
+    swap(client, server, Stream(1, 2 * MIB), Stream(2, 2 * MIB))
+    assert time.monotonic() - begun < within_s
+    finish(client, server, Stream(3, MIB), Stream(4, MIB))
+    assert time.monotonic() - begun < within_s
+
+
 class Packet(NamedTuple):
     """What of a packet both legs have in common: numbers count from each leg's SYN."""
 
