@@ -1,10 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
 """Where the wire's program is attached: the ingress of every Ethernet and loopback interface.
 
-Interfaces come and go, and are followed. Where the kernel has TCX (6.6), by links:
-they go with the process, or are pinned to outlive it. Elsewhere by clsact filters,
-which stay in any case: they are removed by `close`, by the guard process when this
-one is killed, and what both have left by the next gateway, or by `sockgw clean`.
+Interfaces come and go, and are followed; of routes that change it tells. Where the
+kernel has TCX (6.6), by links: they go with the process, or are pinned to outlive it.
+Elsewhere by clsact filters, which stay in any case: they are removed by `detach`, by
+the guard process when this one is killed, and what both have left by the next gateway,
+or by `sockgw clean`.
 
 Knows nothing of sessions. What is kept in a directory on a bpffs: a pin for each link;
 for filters one empty directory, whose name says whose they are.
@@ -28,7 +29,7 @@ from sockgw._bpf import features, libbpf
 from sockgw.errors import ConfigError, DatapathError
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Callable, Iterator
 
 _log = logging.getLogger("sockgw")
 
@@ -43,6 +44,8 @@ _SIOCGIFHWADDR: Final = 0x8927  # linux/sockios.h
 _ARPHRD_ETHER: Final = 1  # linux/if_arp.h
 _ARPHRD_LOOPBACK: Final = 772
 _RTMGRP_LINK: Final = 1  # linux/rtnetlink.h
+_RTMGRP_ROUTES: Final = 0x40 | 0x80 | 0x400 | 1 << 18  # routes and rules, of both families
+_REST_MS: Final = 50
 
 
 class _Way(Protocol):
@@ -179,35 +182,49 @@ class Ingress:
                     else:
                         self._attached.add((program, index))
 
-    def watch(self) -> None:
-        """Attach the programs to interfaces as they come, from a thread of its own."""
+    def watch(self, follow_routes: Callable[[], None] = lambda: None) -> None:
+        """Attach the programs to interfaces as they come, from a thread of its own.
+
+        That also calls `follow_routes`: at once, and when routes may have changed.
+        """
         try:
-            changes = socket.socket(socket.AF_NETLINK, socket.SOCK_RAW, socket.NETLINK_ROUTE)
-            changes.bind((0, _RTMGRP_LINK))
+            kind = socket.SOCK_RAW | socket.SOCK_NONBLOCK
+            changes = socket.socket(socket.AF_NETLINK, kind, socket.NETLINK_ROUTE)
+            changes.bind((0, _RTMGRP_LINK | _RTMGRP_ROUTES))
         except OSError as error:
-            _log.warning("interfaces that come later are not watched: %s", error.strerror)
+            _log.warning("interfaces and routes are not watched: %s", error.strerror)
             return
         bell = os.eventfd(0, os.EFD_CLOEXEC)
         self._watched = [bell, changes.detach()]
         self._watcher = threading.Thread(
-            target=self._watch, args=(self._watched[1], bell), name="sockgw-interfaces", daemon=True
+            target=self._watch,
+            args=(self._watched[1], bell, follow_routes),
+            name="sockgw-interfaces",
+            daemon=True,
         )
         self._watcher.start()
 
-    def _watch(self, changes: int, bell: int) -> None:
-        poller = select.poll()
+    def _watch(self, changes: int, bell: int, follow_routes: Callable[[], None]) -> None:
+        either, only_bell = select.poll(), select.poll()
         for fd in (changes, bell):
-            poller.register(fd, select.POLLIN)
-        while all(fd != bell for fd, _ in poller.poll()):
+            either.register(fd, select.POLLIN)
+        only_bell.register(bell, select.POLLIN)
+        is_over = False
+        while not is_over:
             with suppress(OSError):  # ENOBUFS: more changes than it holds, and we look at all
-                os.read(changes, 1 << 16)
+                while os.read(changes, 1 << 16):
+                    pass
             try:
                 self.attach()
+                follow_routes()
             except DatapathError as error:
                 _log.warning("%s; sessions over it stay on splice", error)
+            # Changes come in crowds, and to follow them is a walk over all sessions.
+            is_over = bool(only_bell.poll(_REST_MS)) or any(fd == bell for fd, _ in either.poll())
 
     def narrow(self) -> None:
         """Make this a forked process's copy: what is attached is its parent's."""
+        self._watcher = None
         self._close_watched()
         self._way.close()
 
@@ -217,12 +234,16 @@ class Ingress:
             self._is_closed = True
             self._way.detach()
 
-    def close(self) -> None:
-        """Stop watching, and let go of what is to outlive this process."""
+    def stop_watching(self) -> None:
+        """End the thread."""
         if self._watcher is not None:
             os.eventfd_write(self._watched[0], 1)
             self._watcher.join()
+            self._watcher = None
         self._close_watched()
+
+    def close(self) -> None:
+        """Let go of what is attached; what is to outlive this process does."""
         with self._lock:
             self._is_closed = True
             self._way.close()

@@ -165,8 +165,18 @@ class Wire:
         self._resources.callback(os.close, our_end)
 
     def watch(self) -> None:
-        """Attach the program to interfaces as they come, from a thread of its own."""
-        self._ingress.watch()
+        """Follow interfaces and routes as they change, from a thread of its own.
+
+        From the start: what was adopted may have other routes by now.
+        """
+        self._ingress.watch(self._follow_routes)
+        # Before what it uses is closed.
+        self._resources.callback(self._ingress.stop_watching)
+
+    def _follow_routes(self) -> None:
+        number = -lib.sgw_wire_follow_routes(self.handle)
+        if number:
+            raise DatapathError(number, "follow", "routes that have changed")
 
     def narrow(self, process: int, sessions: range, workers: range) -> None:
         """Make this, a forked process's copy, the one of `workers` and their `sessions`."""

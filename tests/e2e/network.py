@@ -218,6 +218,8 @@ class Network:
     TOWARDS_CLIENT = "to-cli"
     TOWARDS_GATEWAY = "to-gwy"
     TOWARDS_BACKEND = "to-bck"
+    TOWARDS_SECOND = "second"
+    BACKEND_BY_SECOND, BACKEND_BY_SECOND_6 = "10.77.3.2", "fd77:3::2"
 
     def __init__(self, undo: contextlib.ExitStack, *, is_slow: bool) -> None:
         """Create it; `undo` takes it away again."""
@@ -228,11 +230,7 @@ class Network:
         self.client, self.gateway, self.backend = made
         self._is_slow = is_slow
         self.connect_client()
-        _connect(
-            _End(self.gateway, ("10.77.2.1/24", "fd77:2::1/64")),
-            _End(self.backend, (self.BACKEND + "/24", self.BACKEND_6 + "/64")),
-            is_slow=is_slow,
-        )
+        self.connect_backend()
 
     def connect_client(self) -> None:
         """Link client and gateway: at the start, and again when a test has deleted the link."""
@@ -242,6 +240,29 @@ class Network:
             _End(self.gateway, gateway),
             is_slow=self._is_slow,
         )
+
+    def connect_backend(self) -> None:
+        """Link gateway and backend, in the same way."""
+        _connect(
+            _End(self.gateway, ("10.77.2.1/24", "fd77:2::1/64")),
+            _End(self.backend, (self.BACKEND + "/24", self.BACKEND_6 + "/64")),
+            is_slow=self._is_slow,
+        )
+
+    @contextlib.contextmanager
+    def second_link(self) -> Iterator[None]:
+        """Link gateway and backend once more for the body, by addresses of its own."""
+        name = self.TOWARDS_SECOND
+        self.gateway.ip("link", "add", name, "type", "veth", "peer", "name", "peer")
+        self.gateway.ip("link", "set", "peer", "netns", self.backend.name, "name", name)
+        try:
+            for end, number in ((self.gateway, 1), (self.backend, 2)):
+                for address in (f"10.77.3.{number}/24", f"fd77:3::{number}/64"):
+                    end.ip("address", "add", address, "dev", name)
+                end.ip("link", "set", name, "mtu", str(_MTU), "up")
+            yield
+        finally:
+            self.gateway.ip("link", "delete", name)
 
     @contextlib.contextmanager
     def jumbo(self, machine: NetworkNamespace) -> Iterator[None]:

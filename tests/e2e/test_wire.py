@@ -1641,6 +1641,55 @@ def test_a_neighbour_with_a_new_address(shared: Shared, place: Place, wired: Ope
     assert on_wire(shared.gateway) == 1
 
 
+@far
+def test_a_neighbour_that_is_forgotten(shared: Shared, place: Place, wired: OpenSession) -> None:
+    """A neighbour that has another address, and tells nobody, is found when it is asked for."""
+    client, server, _ = wired(*shared.both)
+    machines = place.machines
+    for number, machine in enumerate((machines.client, machines.backend)):
+        machine.ip(
+            *("link", "set", "dev", Network.TOWARDS_GATEWAY),
+            *("address", f"02:00:00:77:01:0{number}"),
+        )
+    for _ in range(3):
+        machines.gateway.ip("neigh", "flush", "all")
+        swap(client, server, Stream(1, 100 * KIB), Stream(2, 100 * KIB))
+    swap(client, server, Stream(3, MIB), Stream(4, MIB))
+    assert on_wire(shared.gateway) == 1
+
+
+ROUTE_FOLLOWED_S = 3.0  # one retransmission after another, until somebody has seen to it
+
+
+@far
+def test_a_route_that_changes(gateway: StartGateway, place: Place, wired: OpenSession) -> None:
+    """Sessions on wire follow a route to another interface, and the first one is not missed."""
+    machines = place.machines
+    version, own = ("-6", "fd77:9::9") if place.is_ipv6 else ("-4", "10.77.9.9")
+    first = Network.BACKEND_6 if place.is_ipv6 else Network.BACKEND
+    second = Network.BACKEND_BY_SECOND_6 if place.is_ipv6 else Network.BACKEND_BY_SECOND
+    leg = "fd77:2::1" if place.is_ipv6 else "10.77.2.1"
+    back = "fd77:3::1" if place.is_ipv6 else "10.77.3.1"
+    machines.backend.ip("address", "add", own, "dev", "lo")
+    machines.gateway.ip(version, "route", "add", own, "via", first, "src", leg)
+    try:
+        with machines.second_link(), machines.backend.run(Backend, own) as backend:
+            client, server, _ = wired(gateway(backend.address), backend)
+            swap(client, server, Stream(1, MIB), Stream(2, MIB))
+            begun = time.monotonic()
+            machines.backend.ip(version, "route", "add", leg, "via", back)
+            machines.gateway.ip(version, "route", "replace", own, "via", second, "src", leg)
+            machines.backend.ip("link", "set", Network.TOWARDS_GATEWAY, "down")
+            exchange(client, server)
+            swap(client, server, Stream(3, MIB), Stream(4, MIB))
+            assert time.monotonic() - begun < ROUTE_FOLLOWED_S
+            finish(client, server, Stream(5, MIB), Stream(6, MIB))
+    finally:
+        machines.gateway.ip("link", "delete", Network.TOWARDS_BACKEND)
+        machines.connect_backend()
+        machines.backend.ip("address", "delete", own, "dev", "lo")
+
+
 NARROW_MTU = 1300
 FOUND_WITHIN_S = 3.0  # an error is answered at once; without it, nothing of that size arrives
 
@@ -1882,24 +1931,53 @@ def test_a_gateway_behind_a_gateway(
 
 
 @far_however_attached
+@pytest.mark.parametrize("side", ["client", "backend"])
 def test_a_link_that_goes_away_and_comes_back(
-    gateway: StartGateway, place: Place, backend: Backend, wired: OpenSession
+    gateway: StartGateway, place: Place, backend: Backend, wired: OpenSession, side: str
 ) -> None:
-    """When an interface goes its sessions time out; when it is back, new ones go on wire."""
-    running = gateway(backend.address, idle_timeout=2)
-    client, server, _ = wired(running, backend)
-    # What is not acknowledged would be sent again.
-    pause(0.3)
-    place.machines.client.ip("link", "delete", Network.TOWARDS_GATEWAY)
-    try:
-        assert is_reset(server, within_s=2.0 + TIMERS_LATE_S)
-        assert running.access_lines(1)[0]["end"] == "idle_timeout"
-        client.close()
-    finally:
-        place.machines.connect_client()
-    client, server, _ = wired(running, backend)
-    finish(client, server, Stream(1, MIB), Stream(2, MIB))
-    assert running.access_lines(2)[1]["end"] == "eof"
+    """When an interface goes its sessions time out, and no others; when it is back, new ones go
+    on wire.
+    """
+    machines = place.machines
+    machine = getattr(machines, side)
+    others = Network.BACKEND_BY_SECOND if side == "backend" else Network.BACKEND
+    with contextlib.ExitStack() as undo:
+        undo.enter_context(machines.second_link())
+        other = undo.enter_context(machines.backend.run(Backend, others))
+        running = gateway(backend.address, idle_timeout=2)
+        beside = gateway(other.address)
+        client, server, _ = wired(running, backend)
+        if side == "client":
+            host = "10.77.3.1"
+            beside = gateway(other.address, listen=join_address(host, 0))
+            neighbour = undo.enter_context(
+                contextlib.closing(machines.backend.run(connect, beside.address))
+            )
+            kept = Session(neighbour, undo.enter_context(contextlib.closing(other.accept())))
+            await_switch(beside, *kept[:2])
+        else:
+            kept = wired(beside, other)
+        # What is not acknowledged would be sent again.
+        pause(0.3)
+        machine.ip("link", "delete", Network.TOWARDS_GATEWAY)
+        try:
+            staying = server if side == "client" else client
+            waiting = Task(is_reset, staying, within_s=2.0 + TIMERS_LATE_S)
+            while waiting.is_running:
+                exchange(kept.client, kept.server)
+                pause(0.1)
+            assert waiting.result()
+            assert running.access_lines(1)[0]["end"] == "idle_timeout"
+            client.close()
+            server.close()
+        finally:
+            machines.connect_client() if side == "client" else machines.connect_backend()
+        swap(kept.client, kept.server, Stream(7, MIB), Stream(8, MIB))
+        assert on_wire(beside) == 1
+        client, server, _ = wired(running, backend)
+        finish(client, server, Stream(1, MIB), Stream(2, MIB))
+        assert running.access_lines(2)[1]["end"] == "eof"
+        finish(kept.client, kept.server, Stream(1, MIB), Stream(2, MIB))
 
 
 # --- long --------------------------------------------------------------------

@@ -163,6 +163,8 @@ struct sgw_wire *sgw_wire_open(const struct sgw_wire_settings *settings);
 void sgw_wire_narrow(struct sgw_wire *wire, uint32_t first, uint32_t sessions);
 /* End the sessions of a process that has died. */
 void sgw_wire_reclaim(struct sgw_wire *wire, uint32_t first, uint32_t sessions);
+/* Have the packets of sessions on wire leave where routes now say: 0 or -errno. */
+int sgw_wire_follow_routes(const struct sgw_wire *wire);
 /* Wait until `alive`, the reading end of a pipe, ends: then the gateway is gone, however that came
  * about, and the sessions that it leaves are reset, its filters removed (0, -1: it has none). For a
  * process of its own; never returns.

@@ -21,6 +21,7 @@
 #include <sys/syscall.h>
 #include <unistd.h>
 #include <linux/io_uring.h>
+#include <linux/rtnetlink.h>
 #include <linux/tcp.h>
 #include "wire_calls.h"
 
@@ -29,6 +30,7 @@
 #define FRESH_TTL 64
 
 #define LEAST_WINDOW 32768
+#define LOOPBACK_IFINDEX 1 /* in every network namespace */
 
 /* Of newer kernels than Debian 12's headers: linux/tcp.h (6.7), linux/in.h (6.3). */
 #define OPT_USEC_TS 64
@@ -560,6 +562,90 @@ void wire_end(struct sgw_wire *wire, uint32_t id, bool is_client_reset, bool is_
 	/* Nothing that is told of it from now on is for its next owner. */
 	wire_slot(wire, id, 0)->generation++;
 	give_back(wire, id);
+}
+
+/* --- routes that change */
+
+#define ROUTE_REQUEST_BYTES 256
+
+static void add(struct nlmsghdr *message, uint16_t type, const void *data, uint16_t bytes)
+{
+	struct rtattr *attribute = (void *)((char *)message + NLMSG_ALIGN(message->nlmsg_len));
+
+	attribute->rta_type = type;
+	attribute->rta_len = RTA_LENGTH(bytes);
+	memcpy(RTA_DATA(attribute), data, bytes);
+	message->nlmsg_len = NLMSG_ALIGN(message->nlmsg_len) + RTA_SPACE(bytes);
+}
+
+/* The interface by which packets from the target of this flow to its source leave, 0 if
+ * there is none. With the ports, because routes may be chosen by them.
+ */
+static uint32_t find_route(int netlink, const struct wire_flow *flow)
+{
+	char request[ROUTE_REQUEST_BYTES] __attribute__((aligned(8))) = { 0 };
+	struct nlmsghdr *header = (struct nlmsghdr *)request;
+	struct rtmsg *route = NLMSG_DATA(header);
+	uint16_t host_bytes = flow->family == AF_INET ? 4 : 16;
+	char answer[4096] __attribute__((aligned(8)));
+	const struct nlmsghdr *message = (const struct nlmsghdr *)answer;
+	uint8_t protocol = IPPROTO_TCP;
+	const struct rtattr *attribute;
+	unsigned int bytes;
+	ssize_t received;
+
+	header->nlmsg_len = NLMSG_LENGTH(sizeof(*route));
+	header->nlmsg_type = RTM_GETROUTE;
+	header->nlmsg_flags = NLM_F_REQUEST;
+	route->rtm_family = (uint8_t)flow->family;
+	route->rtm_dst_len = route->rtm_src_len = (uint8_t)(host_bytes * 8);
+	add(header, RTA_DST, flow->source, host_bytes);
+	add(header, RTA_SRC, flow->target, host_bytes);
+	add(header, RTA_IP_PROTO, &protocol, sizeof(protocol));
+	add(header, RTA_SPORT, &flow->target_port, sizeof(flow->target_port));
+	add(header, RTA_DPORT, &flow->source_port, sizeof(flow->source_port));
+	if (send(netlink, request, header->nlmsg_len, 0) < 0)
+		return 0;
+	received = recv(netlink, answer, sizeof(answer), 0);
+	if (received < 0 || !NLMSG_OK(message, (size_t)received) ||
+	    message->nlmsg_type != RTM_NEWROUTE)
+		return 0;
+	bytes = message->nlmsg_len - NLMSG_LENGTH(sizeof(struct rtmsg));
+	for (attribute = RTM_RTA(NLMSG_DATA(message)); RTA_OK(attribute, bytes);
+	     attribute = RTA_NEXT(attribute, bytes))
+		if (attribute->rta_type == RTA_OIF)
+			return *(const uint32_t *)RTA_DATA(attribute);
+	return 0;
+}
+
+int sgw_wire_follow_routes(const struct sgw_wire *wire)
+{
+	int netlink = socket(AF_NETLINK, SOCK_RAW | SOCK_CLOEXEC, NETLINK_ROUTE);
+	struct wire_session session;
+	uint32_t i, way;
+
+	if (netlink < 0)
+		return -errno;
+	for (i = 0; i < wire->settings.sessions; i++) {
+		uint32_t id = wire->settings.first + i;
+
+		if (wire_find(wire, id, &session) != WIRE_SWITCHED)
+			continue;
+		for (way = 0; way < WIRE_WAYS; way++) {
+			uint32_t ifindex;
+
+			if (!session.ifindex[way]) /* up the stack */
+				continue;
+			/* Without one, by loopback or not at all: it may come back. */
+			ifindex = find_route(netlink, &session.flows[!way]);
+			if (ifindex && ifindex != LOOPBACK_IFINDEX)
+				__atomic_store_n(&wire_slot(wire, id, way)->route,
+						 (uint64_t)session.generation << 32 | ifindex,
+						 __ATOMIC_RELAXED);
+		}
+	}
+	close(netlink);
+	return 0;
 }
 
 /* --- sockets that cost no descriptor: the files of an io_uring that does nothing else */
