@@ -109,6 +109,7 @@ enum wire_unfit {
 	WIRE_XFRM, /* IPsec: a leg is encrypted or encapsulated, or may be next */
 	WIRE_IP_OPTIONS, /* or IPv6 extension headers */
 	WIRE_FRAGMENTS,
+	WIRE_MPTCP, /* a leg may have several ways */
 	WIRE_NO_ROOM, /* in the maps */
 	WIRE_NO_MOMENT, /* something was always in flight */
 	WIRE_NOT_ESTABLISHED, /* an end was reset or has sent its FIN */

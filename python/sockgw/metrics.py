@@ -88,6 +88,7 @@ FALLBACK_REASONS = (
     "xfrm",
     "ip_options",
     "fragments",
+    "mptcp",
     "netfilter",
     "other",
 )

@@ -1410,6 +1410,7 @@ class Likeness:
 
     name: str
     variable: str = ""
+    value: int = 0
     is_jumbo: bool = False
 
 
@@ -1417,6 +1418,7 @@ LIKENESSES = [
     Likeness("no timestamps", "net.ipv4.tcp_timestamps"),
     Likeness("no window scaling", "net.ipv4.tcp_window_scaling"),
     Likeness("no sack", "net.ipv4.tcp_sack"),
+    Likeness("ecn", "net.ipv4.tcp_ecn", value=1),
     Likeness("jumbo", is_jumbo=True),
 ]
 
@@ -1430,7 +1432,8 @@ def test_legs_that_negotiated_alike(
     machines = place.machines
     with contextlib.ExitStack() as undo:
         if likeness.variable:
-            undo.enter_context(machines.gateway.changed(likeness.variable, 0))
+            for machine in (machines.client, machines.gateway):
+                undo.enter_context(machine.changed(likeness.variable, likeness.value))
         if likeness.is_jumbo:
             undo.enter_context(machines.jumbo(machines.client))
             undo.enter_context(machines.jumbo(machines.backend))
@@ -1438,6 +1441,24 @@ def test_legs_that_negotiated_alike(
         swap(client, server, Stream(1, 4 * MIB), Stream(2, 4 * MIB))
         finish(client, server, Stream(3, MIB), Stream(4, MIB))
     assert shared.lines(1)[0]["path"] == WIRE
+    assert not shared.fallbacks()
+
+
+@everywhere
+def test_a_client_that_offers_mptcp(shared: Shared, place: Place) -> None:
+    """A client that offers MPTCP is answered in plain TCP, and its session goes by wire."""
+    running, backend = shared.both
+    family = socket.AF_INET6 if place.is_ipv6 else socket.AF_INET
+    try:
+        client = place.at_client(partial(socket.socket, family, socket.SOCK_STREAM, 262))
+    except OSError as refused:
+        pytest.skip(f"a kernel without MPTCP: {refused.strerror}")
+    client.settimeout(DEADLINE_S)
+    with contextlib.closing(client):
+        client.connect(split_address(running.address))
+        with contextlib.closing(backend.accept()) as server:
+            await_switch(running, client, server, switched(running) + 1)
+            finish(client, server, Stream(1, MIB), Stream(2, MIB))
     assert not shared.fallbacks()
 
 
@@ -1715,7 +1736,7 @@ def test_a_path_to_the_client_that_is_narrow(shared: Shared, place: Place) -> No
     with machines.narrow_beyond(machines.client, NARROW_MTU) as beyond:
         client = beyond.machine.run(connect, running.address)
         with contextlib.closing(client), contextlib.closing(backend.accept()) as server:
-            await_switch(running, client, server)
+            await_switch(running, client, server, switched(running) + 1)
             assert_long_packets_arrive(Session(client, server), FOUND_WITHIN_S)
 
 

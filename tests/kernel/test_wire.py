@@ -98,10 +98,13 @@ XFRM_POLICY = {  # <linux/in.h>, <linux/in6.h>
     socket.AF_INET: (socket.IPPROTO_IP, 17),
     socket.AF_INET6: (socket.IPPROTO_IPV6, 35),
 }
+IPPROTO_MPTCP = 262  # <linux/in.h>
 TCP_CLOSE = 7
 FAR = MODULUS // 2
 KIB = 1 << 10
 IP_LOCAL_PORT_RANGE = 51  # <linux/in.h>
+STAMPS = bytes((1, 1, 8, 10)) + bytes(8)
+"""The option, as it is sent."""
 CANDIDATES = pytest.mark.parametrize(
     "candidate", list(Way), ids=lambda way: f"candidate_{way.value}"
 )
@@ -584,6 +587,69 @@ def test_segments_too_long_for_the_other_leg(ipv4_worker: Worker) -> None:
     assert session.is_forgotten
 
 
+def test_client_of_several_ways(ipv4_worker: Worker) -> None:
+    """A session of which a leg is MPTCP's goes on through us, and is counted."""
+    ipv4_worker.listener.close()
+    ipv4_worker.listener = several_ways()
+    ipv4_worker.listener.bind((HOSTS[socket.AF_INET], 0))
+    ipv4_worker.listener.listen()
+    ipv4_worker.listener.setblocking(False)
+    client = several_ways()
+    client.settimeout(DEADLINE_S)
+    client.connect(ipv4_worker.listener.getsockname())
+    ipv4_worker.begin(client)
+    server, _ = ipv4_worker.backend.accept()
+    # Its own end of it is no plain socket either: it takes no option of TCP's.
+    with client, server, ipv4_worker.listener:
+        server.settimeout(DEADLINE_S)
+        for number in range(3):
+            question = b"question %d" % number
+            client.sendall(question)
+            ipv4_worker.until(lambda: select.select([server], [], [], 0)[0], "it is here")
+            assert server.recv(100) == question
+            server.sendall(b"answer")
+            ipv4_worker.until(lambda: select.select([client], [], [], 0)[0], "it is here")
+            assert client.recv(100) == b"answer"
+        assert ipv4_worker.loop.unfit[ipv4_worker.wire.unfit_names.index("mptcp")] == 1
+        assert flows_of(ipv4_worker.wire) == set()
+
+
+def several_ways() -> socket.socket:
+    """Return a socket of MPTCP."""
+    try:
+        return socket.socket(socket.AF_INET, socket.SOCK_STREAM, IPPROTO_MPTCP)
+    except OSError as error:
+        pytest.skip(f"a kernel without MPTCP: {error.strerror}")
+
+
+UNKNOWN_OPTIONS = [
+    pytest.param(bytes((19, 18)) + bytes(16) + b"\1\1", id="MD5"),
+    pytest.param(bytes((29, 16)) + bytes(14), id="AO"),
+    pytest.param(STAMPS + bytes((30, 8)) + bytes(6), id="MPTCP"),
+    pytest.param(STAMPS[2:] + b"\1\1", id="timestamps_elsewhere"),
+    pytest.param(b"", id="no_timestamps"),
+]
+
+
+@pytest.mark.parametrize("options", UNKNOWN_OPTIONS)
+def test_options_at_which_a_session_does_not_switch(
+    worker: Worker, way: Way, options: bytes
+) -> None:
+    """A packet that is the first by its numbers, but has options we do not know, goes to us."""
+    session = worker.ready()
+    seq, ack = (session.let_through[WAYS.index(each)] for each in (way, reverse_of(way)))
+    offsets = session.words.seq_offset
+    # Of the other leg's numbers, in those of this one.
+    ack = (ack + offsets[WAYS.index(reverse_of(way))]) % MODULUS
+    other = reverse_of(way)
+    before = session.slot(way).packets
+    inject(*session.inbound(way), seq=seq, ack=ack, flags=ACK, options=options)
+    session.say(other, b"behind it")
+    wait_for(lambda: session.state is SWITCHED, "the next packet switches")
+    session.expect(is_polling=False)
+    assert session.slot(way).packets - before <= 1, "it was translated: only an acknowledgement is"
+
+
 def talk_off_wire(session: Session, worker: Worker, reason: str) -> None:
     """Exchange, and see that the session was kept off the wire and counted for `reason`."""
     for _ in range(3):
@@ -879,7 +945,6 @@ ODDITIES = pytest.mark.parametrize(
     ],
     ids=["options", "fragments", "both"],
 )
-STAMPS = bytes((1, 1, 8, 10)) + bytes(8)
 
 
 @ODDITIES

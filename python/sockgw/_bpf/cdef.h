@@ -193,7 +193,7 @@ int sgw_clsact_attach(uint32_t owner, int program, int ifindex, bool is_first);
 /* Remove the owner's filters, and what was made for them: how many there were. */
 int sgw_clsact_remove(uint32_t owner);
 #define SGW_WIRE_WORKERS 256 /* at most, and as many rings */
-#define SGW_UNFITS 16 /* more than enum wire_unfit has */
+#define SGW_UNFITS 20 /* more than enum wire_unfit has */
 /* The name of one, "" if there is none. */
 const char *sgw_unfit_name(uint32_t unfit);
 
@@ -273,7 +273,7 @@ struct sgw_loop {
 	uint32_t armed; /* of open: they wait for the moment to switch */
 	uint32_t on_wire; /* of open */
 	uint64_t wired; /* sessions that went by wire */
-	uint64_t unfit[16]; /* SGW_UNFITS: sessions that cannot, by enum wire_unfit */
+	uint64_t unfit[20]; /* SGW_UNFITS: sessions that cannot, by enum wire_unfit */
 	const struct sgw_event *events;
 	int released_count; /* for the caller to set back to 0 */
 	int ended_count;

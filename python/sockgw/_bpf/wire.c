@@ -196,6 +196,16 @@ static enum wire_unfit compare(const struct tcp_info *client, const struct tcp_i
 	return differs & TCPI_OPT_ECN ? WIRE_ECN : WIRE_FITS;
 }
 
+/* Our listener and our calls ask for plain TCP; a wrapper (mptcpize) may have changed that. */
+static bool is_multipath(int fd)
+{
+	socklen_t length = sizeof(int);
+	int protocol;
+
+	return !getsockopt(fd, SOL_SOCKET, SO_PROTOCOL, &protocol, &length) &&
+	       protocol == IPPROTO_MPTCP;
+}
+
 static enum wire_unfit read_session(const int *fds, struct wire_session *session)
 {
 	struct tcp_info info[WIRE_WAYS] = { 0 };
@@ -205,6 +215,8 @@ static enum wire_unfit read_session(const int *fds, struct wire_session *session
 	for (leg = 0; leg < WIRE_WAYS; leg++) {
 		socklen_t length = sizeof(info[leg]);
 
+		if (is_multipath(fds[leg]))
+			return WIRE_MPTCP;
 		if (getsockopt(fds[leg], IPPROTO_TCP, TCP_INFO, &info[leg], &length))
 			return WIRE_NOT_ESTABLISHED;
 	}
@@ -734,6 +746,7 @@ const char *sgw_unfit_name(uint32_t unfit)
 		[WIRE_XFRM] = "xfrm",
 		[WIRE_IP_OPTIONS] = "ip_options",
 		[WIRE_FRAGMENTS] = "fragments",
+		[WIRE_MPTCP] = "mptcp",
 		[WIRE_NO_ROOM] = "no_wire_room",
 		[WIRE_NO_MOMENT] = "no_moment",
 		[WIRE_NOT_ESTABLISHED] = "not_established",
