@@ -637,17 +637,27 @@ def test_options_at_which_a_session_does_not_switch(
 ) -> None:
     """A packet that is the first by its numbers, but has options we do not know, goes to us."""
     session = worker.ready()
-    seq, ack = (session.let_through[WAYS.index(each)] for each in (way, reverse_of(way)))
-    offsets = session.words.seq_offset
-    # Of the other leg's numbers, in those of this one.
-    ack = (ack + offsets[WAYS.index(reverse_of(way))]) % MODULUS
-    other = reverse_of(way)
     before = session.slot(way).packets
-    inject(*session.inbound(way), seq=seq, ack=ack, flags=ACK, options=options)
-    session.say(other, b"behind it")
+    inject_next(session, way, options)
+    session.say(reverse_of(way), b"behind it")
     wait_for(lambda: session.state is SWITCHED, "the next packet switches")
     session.expect(is_polling=False)
     assert session.slot(way).packets - before <= 1, "it was translated: only an acknowledgement is"
+
+
+def inject_next(session: Session, way: Way, options: bytes) -> None:
+    """Send an acknowledgement that has the very numbers of the next packet of `way`."""
+    own, other = WAYS.index(way), WAYS.index(reverse_of(way))
+    seq = session.let_through[own]
+    ack = session.let_through[other] + session.words.seq_offset[other]
+    inject(*session.inbound(way), seq=seq, ack=ack, flags=ACK, options=options)
+
+
+def test_options_at_which_a_session_switches(worker: Worker, way: Way) -> None:
+    """The same packet with the options that were agreed on is the first that is translated."""
+    session = worker.ready()
+    inject_next(session, way, STAMPS)
+    wait_for(lambda: session.state is SWITCHED, "the packet switches")
 
 
 def talk_off_wire(session: Session, worker: Worker, reason: str) -> None:
