@@ -47,6 +47,10 @@ enum {
 };
 
 enum {
+	BPF_MTU_CHK_SEGS = 1,
+};
+
+enum {
 	TC_ACT_UNSPEC = -1,
 	TC_ACT_SHOT = 2,
 };

@@ -243,14 +243,14 @@ struct {
 } wire_rings SEC(".maps");
 
 /* A ring has room for all that can happen to its sessions: this cannot fail. */
-static __always_inline void tell(const struct packet *packet, __u16 happening, __u16 unfit)
+static __always_inline void tell(const struct packet *packet, __u16 happening, __u16 detail)
 {
 	__u32 worker = packet->session->worker;
 	struct wire_event event = {
 		.session = packet->index,
 		.generation = packet->session->generation,
 		.happening = happening,
-		.unfit = unfit,
+		.detail = detail,
 	};
 	void *ring = bpf_map_lookup_elem(&wire_rings, &worker);
 
@@ -945,6 +945,27 @@ static __always_inline __u32 way_out(const struct packet *packet)
 	return ifindex && route >> 32 == packet->generation ? (__u32)route : ifindex;
 }
 
+/* Whether the packet, or a part of it when it is cut, is too long for where it leaves: what
+ * was agreed on at the switch has changed, or the route. It would vanish without a word,
+ * so userspace tells its sender what a router would.
+ */
+static __always_inline bool is_too_long(struct __sk_buff *skb, const struct packet *packet,
+					__u32 ifindex)
+{
+	struct wire_slot *slot = packet->slot;
+	__u32 mtu = 0;
+
+	if (bpf_check_mtu(skb, ifindex, &mtu, 0, BPF_MTU_CHK_SEGS) <= 0)
+		return false;
+	/* One at a time: the ring has room for no more. */
+	if (!__sync_val_compare_and_swap(&slot->is_too_long, 0, 1)) {
+		slot->too_long_seq = packet->seq;
+		slot->mtu = mtu;
+		tell(packet, WIRE_IS_TOO_LONG, packet->way);
+	}
+	return true;
+}
+
 /* The session whose packet is quoted: its sender is the other end of the way that the
  * quoted packet's receiver sends by. Returns that sender's leg, NULL if it is none of ours.
  */
@@ -1142,8 +1163,10 @@ static __always_inline int pass_on(struct __sk_buff *skb, bool is_again)
 	/* It cannot be translated, and our stack has no use for it. */
 	if (!is_known)
 		return TC_ACT_SHOT;
-	is_last = account(&packet);
 	ifindex = way_out(&packet);
+	if (ifindex && is_too_long(skb, &packet, ifindex))
+		return TC_ACT_SHOT;
+	is_last = account(&packet);
 	if (!translate(skb, &packet))
 		return TC_ACT_SHOT; /* no memory: its sender will send it again */
 	if (is_local && !is_again) {

@@ -77,7 +77,10 @@ struct wire_slot {
 	__u32 has_reset; /* its sender has reset the session */
 	__u32 is_reused; /* its sender has begun another session on the same ports */
 	__u32 is_claimed; /* of a session's first slot: who sets it removes the flows */
-	__u32 program_pad[7];
+	__u32 is_too_long; /* a packet was; until userspace has told its sender */
+	__u32 too_long_seq; /* its number, as its sender counts */
+	__u32 mtu; /* of where it would have left */
+	__u32 program_pad[4];
 
 	/* Written by userspace. */
 	__u32 hold; /* of a session's first slot: do not switch */
@@ -119,6 +122,7 @@ enum wire_happening {
 	WIRE_HAS_SWITCHED,
 	WIRE_HAS_ENDED,
 	WIRE_IS_UNFIT,
+	WIRE_IS_TOO_LONG,
 };
 
 /* Record of a wire ring. */
@@ -126,7 +130,7 @@ struct wire_event {
 	__u32 session;
 	__u32 generation;
 	__u16 happening;
-	__u16 unfit; /* enum wire_unfit */
+	__u16 detail; /* of WIRE_IS_UNFIT, enum wire_unfit; of WIRE_IS_TOO_LONG, whose way */
 };
 
 #endif

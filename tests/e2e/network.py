@@ -141,6 +141,15 @@ class NetworkNamespace:
         finally:
             self.ip("link", "set", device, "gso_max_segs", "65535")
 
+    @contextlib.contextmanager
+    def link_mtu(self, device: str, mtu: int) -> Iterator[None]:
+        """Give a link another MTU, at this end only, for the body."""
+        self.ip("link", "set", device, "mtu", str(mtu))
+        try:
+            yield
+        finally:
+            self.ip("link", "set", device, "mtu", str(_MTU))
+
     def _set_offloads(self, device: str, value: str) -> None:
         settings = [word for name in ("tso", "gso", "gro", "tx", "rx") for word in (name, value)]
         self.call(require("ethtool"), "-K", device, *settings)
@@ -292,6 +301,7 @@ class Network:
             middle, far = NetworkNamespace("mid"), NetworkNamespace("far")
             for made in (middle, far):
                 undo.callback(made.close)
+            undo.callback(self.forget_mtus)
             nets = [(f"10.77.{at + number}.", f"fd77:{at + number}::") for number in range(2)]
             for (one, other), net, size in zip(
                 ((machine, middle), (middle, far)), nets, (mtu, _MTU), strict=True
@@ -326,6 +336,12 @@ class Network:
         if machine is self.client:
             return self.GATEWAY_SEEN_BY_CLIENT, self.GATEWAY_SEEN_BY_CLIENT_6
         return "10.77.2.1", "fd77:2::1"
+
+    def forget_mtus(self) -> None:
+        """Have nobody remember that a path is narrow: who does says so when it connects."""
+        for machine in (self.client, self.gateway, self.backend):
+            for family in ("-4", "-6"):
+                machine.ip(family, "route", "flush", "cache")
 
     def ends(self) -> dict[NetworkNamespace, tuple[str, ...]]:
         """Return the devices of each machine that are ends of links."""

@@ -1740,6 +1740,23 @@ def test_a_path_to_the_client_that_is_narrow(shared: Shared, place: Place) -> No
             assert_long_packets_arrive(Session(client, server), FOUND_WITHIN_S)
 
 
+@far
+@pytest.mark.parametrize("side", ["client", "backend"])
+def test_a_link_that_becomes_narrow(
+    shared: Shared, place: Place, wired: OpenSession, side: str
+) -> None:
+    """Where the gateway's own link takes no packets as long as before, the other end is told."""
+    machines = place.machines
+    device = Network.TOWARDS_CLIENT if side == "client" else Network.TOWARDS_BACKEND
+    kept = wired(*shared.both)
+    # What a veth is given in one piece it takes, whatever its parts; a wire would not.
+    far_end = machines.backend if side == "client" else machines.client
+    with machines.gateway.link_mtu(device, NARROW_MTU), far_end.one_by_one(Network.TOWARDS_GATEWAY):
+        assert_long_packets_arrive(kept, FOUND_WITHIN_S)
+    machines.forget_mtus()
+    assert shared.lines(1)[0]["path"] == WIRE
+
+
 def assert_long_packets_arrive(kept: Session, within_s: float) -> None:
     """Send much both ways; if a packet is too long for the way, its sender must hear of it."""
     begun = time.monotonic()

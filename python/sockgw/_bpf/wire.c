@@ -10,7 +10,9 @@
 #include <fcntl.h>
 #include <netinet/in.h>
 #include <netinet/ip.h>
+#include <netinet/icmp6.h>
 #include <netinet/ip6.h>
+#include <netinet/ip_icmp.h>
 #include <pthread.h>
 #include <stdio.h>
 #include <stdlib.h>
@@ -301,6 +303,7 @@ enum wire_unfit wire_arm(struct sgw_wire *wire, const int *fds, uint32_t worker,
 
 		slot->has_fin = slot->has_reset = slot->is_reused = 0;
 		slot->route = 0;
+		slot->is_too_long = 0;
 		slot->counted_before = slot->bytes;
 	}
 	session.generation = ++wire_slot(wire, *id, 0)->generation;
@@ -574,6 +577,100 @@ void wire_end(struct sgw_wire *wire, uint32_t id, bool is_client_reset, bool is_
 	/* Nothing that is told of it from now on is for its next owner. */
 	wire_slot(wire, id, 0)->generation++;
 	give_back(wire, id);
+}
+
+/* --- packets that are too long */
+
+/* The least that is quoted of a packet: its IP header, its ports and its number. */
+struct quote {
+	uint16_t source;
+	uint16_t target;
+	uint32_t seq;
+};
+
+static void tell_too_long4(const struct sgw_wire *wire, const struct wire_flow *from, uint32_t seq,
+			   uint32_t mtu)
+{
+	struct {
+		struct iphdr ip;
+		struct icmphdr icmp;
+		struct iphdr quoted;
+		struct quote quote;
+	} packet = { .ip = {
+			     .version = 4,
+			     .ihl = 5,
+			     .tot_len = htons(sizeof(packet)),
+			     .ttl = FRESH_TTL,
+			     .protocol = IPPROTO_ICMP,
+			     .saddr = from->target[0],
+			     .daddr = from->source[0],
+		     },
+		     .icmp = {
+			     .type = ICMP_DEST_UNREACH,
+			     .code = ICMP_FRAG_NEEDED,
+			     .un.frag.mtu = htons((uint16_t)mtu),
+		     },
+		     .quoted = {
+			     .version = 4,
+			     .ihl = 5,
+			     .tot_len = htons((uint16_t)(mtu + 1)), /* at least */
+			     .frag_off = htons(IP_DF),
+			     .ttl = FRESH_TTL,
+			     .protocol = IPPROTO_TCP,
+			     .saddr = from->source[0],
+			     .daddr = from->target[0],
+		     },
+		     .quote = { from->source_port, from->target_port, htonl(seq) } };
+	struct sockaddr_in6 peer;
+	socklen_t length = wire_write_side(&peer, from->source, 0, from->family);
+
+	packet.quoted.check = checksum(0, &packet.quoted, sizeof(packet.quoted));
+	packet.icmp.checksum = checksum(0, &packet.icmp, sizeof(packet) - sizeof(packet.ip));
+	sendto(wire->raw4, &packet, sizeof(packet), MSG_DONTWAIT, (struct sockaddr *)&peer, length);
+}
+
+static void tell_too_long6(const struct sgw_wire *wire, const struct wire_flow *from, uint32_t seq,
+			   uint32_t mtu)
+{
+	struct {
+		struct ip6_hdr ip;
+		struct icmp6_hdr icmp;
+		struct ip6_hdr quoted;
+		struct quote quote;
+	} packet = { .quote = { from->source_port, from->target_port, htonl(seq) } };
+	uint16_t bytes = sizeof(packet) - sizeof(packet.ip);
+	uint32_t sized[] = { htonl(bytes), htonl(IPPROTO_ICMPV6) };
+	struct sockaddr_in6 peer;
+	socklen_t length = wire_write_side(&peer, from->source, 0, from->family);
+	uint16_t partial;
+
+	packet.ip.ip6_vfc = packet.quoted.ip6_vfc = 0x60;
+	packet.ip.ip6_plen = htons(bytes);
+	packet.ip.ip6_nxt = IPPROTO_ICMPV6;
+	packet.ip.ip6_hlim = packet.quoted.ip6_hlim = FRESH_TTL;
+	memcpy(&packet.ip.ip6_src, from->target, 16);
+	memcpy(&packet.ip.ip6_dst, from->source, 16);
+	packet.icmp.icmp6_type = ICMP6_PACKET_TOO_BIG;
+	packet.icmp.icmp6_mtu = htonl(mtu);
+	packet.quoted.ip6_plen = htons((uint16_t)(mtu + 1 - sizeof(packet.quoted))); /* at least */
+	packet.quoted.ip6_nxt = IPPROTO_TCP;
+	memcpy(&packet.quoted.ip6_src, from->source, 16);
+	memcpy(&packet.quoted.ip6_dst, from->target, 16);
+	partial = (uint16_t)~checksum(0, &packet.ip.ip6_src, 32);
+	partial = (uint16_t)~checksum(partial, sized, sizeof(sized));
+	packet.icmp.icmp6_cksum = checksum(partial, &packet.icmp, bytes);
+	sendto(wire->raw6, &packet, sizeof(packet), MSG_DONTWAIT, (struct sockaddr *)&peer, length);
+}
+
+void wire_tell_too_long(const struct sgw_wire *wire, uint32_t id, uint32_t way)
+{
+	struct wire_slot *slot = wire_slot(wire, id, way);
+	struct wire_session session;
+
+	if (look_up(wire, id, &session))
+		(session.flows[way].family == AF_INET ? tell_too_long4 : tell_too_long6)(
+			wire, &session.flows[way], slot->too_long_seq, slot->mtu);
+	__atomic_store_n(&slot->is_too_long, 0, __ATOMIC_SEQ_CST);
 }
 
 /* --- routes that change */

@@ -49,6 +49,9 @@ void wire_free(struct sgw_wire *wire, uint32_t id);
 /* The session has ended, or is to end: reset the sides that do not know, give the id back. */
 void wire_end(struct sgw_wire *wire, uint32_t id, bool is_client_reset, bool is_backend_reset);
 
+/* A packet of this way was too long for where it leaves: tell its sender. */
+void wire_tell_too_long(const struct sgw_wire *wire, uint32_t id, uint32_t way);
+
 /* Where sockets are kept without a descriptor, one in each place: a descriptor of
  * the whole, -1 where the kernel has none.
  */

@@ -162,9 +162,11 @@ static int take_wire_event(void *context, void *data, size_t size)
 		on_switch(loop, index);
 	else if (event->happening == WIRE_HAS_ENDED && session->state == ON_WIRE)
 		on_wire_end(loop, index);
+	else if (event->happening == WIRE_IS_TOO_LONG && session->state == ON_WIRE)
+		wire_tell_too_long(wire, event->session, event->detail);
 	else if (event->happening == WIRE_IS_UNFIT && keeps_sockets(loop, session, false)) {
 		session->is_unfit = 1;
-		loop->public.unfit[event->unfit]++;
+		loop->public.unfit[event->detail]++;
 	}
 	/* An error ends the walk behind this record; the rest stays, and is told again. */
 	return loop->public.ended_count < WIRE_RECORDS ? 0 : -ENOSPC;
