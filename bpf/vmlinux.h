@@ -46,7 +46,7 @@ enum {
 	BPF_F_CURRENT_NETNS = -1,
 };
 
-enum {
+enum bpf_check_mtu_flags {
 	BPF_MTU_CHK_SEGS = 1,
 };
 

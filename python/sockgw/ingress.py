@@ -21,6 +21,7 @@ import select
 import socket
 import struct
 import threading
+import time
 from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Final, Protocol
@@ -45,7 +46,7 @@ _ARPHRD_ETHER: Final = 1  # linux/if_arp.h
 _ARPHRD_LOOPBACK: Final = 772
 _RTMGRP_LINK: Final = 1  # linux/rtnetlink.h
 _RTMGRP_ROUTES: Final = 0x40 | 0x80 | 0x400 | 1 << 18  # routes and rules, of both families
-_REST_MS: Final = 50
+_REST_S: Final = 0.05
 
 
 class _Way(Protocol):
@@ -205,22 +206,34 @@ class Ingress:
         self._watcher.start()
 
     def _watch(self, changes: int, bell: int, follow_routes: Callable[[], None]) -> None:
-        either, only_bell = select.poll(), select.poll()
+        poller = select.poll()
         for fd in (changes, bell):
-            either.register(fd, select.POLLIN)
-        only_bell.register(bell, select.POLLIN)
-        is_over = False
-        while not is_over:
+            poller.register(fd, select.POLLIN)
+        ready: list[int] = []
+        follow_at_s: float | None = 0.0
+        rested_at_s = 0.0
+        while bell not in ready:
             with suppress(OSError):  # ENOBUFS: more changes than it holds, and we look at all
                 while os.read(changes, 1 << 16):
                     pass
-            try:
-                self.attach()
-                follow_routes()
-            except DatapathError as error:
-                _log.warning("%s; sessions over it stay on splice", error)
-            # Changes come in crowds, and to follow them is a walk over all sessions.
-            is_over = bool(only_bell.poll(_REST_MS)) or any(fd == bell for fd, _ in either.poll())
+            # Without delay: what comes before the program is there meets the stack.
+            self._try(self.attach)
+            now_s = time.monotonic()
+            if follow_at_s is not None and follow_at_s <= now_s:
+                self._try(follow_routes)
+                follow_at_s, rested_at_s = None, now_s + _REST_S
+            wait_ms = None if follow_at_s is None else max(1.0, (follow_at_s - now_s) * 1000)
+            ready = [fd for fd, _ in poller.poll(wait_ms)]
+            if changes in ready and follow_at_s is None:
+                # Changes come in crowds, and to follow them is a walk over all sessions.
+                follow_at_s = rested_at_s
+
+    @staticmethod
+    def _try(step: Callable[[], None]) -> None:
+        try:
+            step()
+        except DatapathError as error:
+            _log.warning("%s; sessions over it stay on splice", error)
 
     def narrow(self) -> None:
         """Make this a forked process's copy: what is attached is its parent's."""

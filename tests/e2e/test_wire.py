@@ -2018,6 +2018,25 @@ def test_a_link_that_goes_away_and_comes_back(
         finish(kept.client, kept.server, Stream(1, MIB), Stream(2, MIB))
 
 
+@far_however_attached
+@pytest.mark.parametrize("side", ["client", "backend"])
+def test_a_link_that_is_back_in_time(
+    gateway: StartGateway, place: Place, backend: Backend, wired: OpenSession, side: str
+) -> None:
+    """A session whose link is replaced by another of its name goes on by that."""
+    machines = place.machines
+    client, server, _ = wired(gateway(backend.address), backend)
+    for _ in range(2):
+        if side == "client":
+            machines.client.ip("link", "delete", Network.TOWARDS_GATEWAY)
+            machines.connect_client()
+        else:
+            machines.backend.ip("link", "delete", Network.TOWARDS_GATEWAY)
+            machines.connect_backend()
+        swap(client, server, Stream(1, MIB), Stream(2, MIB))
+    finish(client, server, Stream(3, MIB), Stream(4, MIB))
+
+
 # --- long --------------------------------------------------------------------
 
 
