@@ -217,10 +217,10 @@ class Ingress:
                 while os.read(changes, 1 << 16):
                     pass
             # Without delay: what comes before the program is there meets the stack.
-            self._try(self.attach)
+            self._try(self.attach, "sessions over it stay on splice")
             now_s = time.monotonic()
             if follow_at_s is not None and follow_at_s <= now_s:
-                self._try(follow_routes)
+                self._try(follow_routes, "sessions on wire keep to the interfaces that they had")
                 follow_at_s, rested_at_s = None, now_s + _REST_S
             wait_ms = None if follow_at_s is None else max(1.0, (follow_at_s - now_s) * 1000)
             ready = [fd for fd, _ in poller.poll(wait_ms)]
@@ -229,11 +229,11 @@ class Ingress:
                 follow_at_s = rested_at_s
 
     @staticmethod
-    def _try(step: Callable[[], None]) -> None:
+    def _try(step: Callable[[], None], otherwise: str) -> None:
         try:
             step()
         except DatapathError as error:
-            _log.warning("%s; sessions over it stay on splice", error)
+            _log.warning("%s; %s", error, otherwise)
 
     def narrow(self) -> None:
         """Make this a forked process's copy: what is attached is its parent's."""

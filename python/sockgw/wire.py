@@ -39,7 +39,8 @@ _SPARE: Final = 1024
 the program may still be at the session that had it."""
 _SLOT_BYTES: Final[int] = lib.sgw_wire_slot_bytes()
 _EVENT_RECORD_BYTES: Final = 8 + 16  # the ring's header, and the record rounded up to 8
-_EVENTS_PER_SESSION: Final = 8  # a switch, an end and two more, of a session and the next there
+_EVENTS_PER_SESSION: Final = 6
+"""A switch and an end, of a session and of the next in its place; a packet too long, each way."""
 _MAPS: Final = ("wire_sessions", "wire_flows", "wire_slots")
 
 

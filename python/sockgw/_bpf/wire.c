@@ -450,7 +450,11 @@ int wire_leave(struct sgw_wire *wire, uint32_t id, const int *fds)
 int wire_keep(const struct sgw_wire *wire, uint32_t id)
 {
 	struct wire_session session;
+	uint32_t way;
 
+	/* What was told of it before, nobody has heard. */
+	for (way = 0; way < WIRE_WAYS; way++)
+		__atomic_store_n(&wire_slot(wire, id, way)->is_too_long, 0, __ATOMIC_SEQ_CST);
 	return look_up(wire, id, &session) ? occupy(&session.flows[LEG_BACKEND]) : -1;
 }
 
