@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 import pytest
 
 from .gateways import SOCKGW, Gateway, arguments_of, run_sockgw
-from .paths import PATHS, PathUnderTest
+from .paths import PATHS, PathUnderTest, each
 from .peers import Backend, EchoServer, close_clients, connect
 
 if TYPE_CHECKING:
@@ -56,7 +56,7 @@ def kernel_path(splice_verdict: str) -> None:
         pytest.skip(f"sockgw check: relay only\n{splice_verdict}")
 
 
-@pytest.fixture(params=PATHS, ids=lambda path: path.name)
+@pytest.fixture(params=each(*PATHS))
 def path(request: pytest.FixtureRequest) -> PathUnderTest:
     """Each path in turn: all paths must satisfy the same sentences."""
     found: PathUnderTest = request.param

@@ -58,7 +58,10 @@ class Process:
         """Return how often any of its threads went to sleep: one for each wakeup."""
         total = 0
         for task in self.tasks():
-            status = (task / "status").read_text()
+            try:
+                status = (task / "status").read_text()
+            except FileNotFoundError:  # it has ended: it answered a scrape
+                continue
             found = re.search(r"^voluntary_ctxt_switches:\s+(\d+)$", status, re.MULTILINE)
             assert found is not None
             total += int(found[1])

@@ -4,8 +4,12 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import pytest
+
+if TYPE_CHECKING:
+    from _pytest.mark import ParameterSet
 
 
 @dataclass(frozen=True)
@@ -39,9 +43,21 @@ PATHS = (
 # Named in the help, refused at start.
 UNBUILT_PATHS = ("direct",)
 
+
+def each(*paths: PathUnderTest) -> list[ParameterSet]:
+    """Return parameters: a number of processes that a sentence does not speak of takes long."""
+    return [
+        pytest.param(path, id=path.name, marks=[pytest.mark.long] if path.processes > 1 else [])
+        for path in paths
+    ]
+
+
+# For the sentences that several processes have to keep together.
+with_processes = pytest.mark.parametrize("path", PATHS, indirect=True, ids=lambda path: path.name)
+
 # For the sentences about bytes that pass by without our process.
 in_kernel = pytest.mark.parametrize(
-    "path", [path for path in PATHS if path.in_kernel], indirect=True, ids=lambda path: path.name
+    "path", each(*(path for path in PATHS if path.in_kernel)), indirect=True
 )
 
 # For what one session may hold: it lives in one process, however many there are.

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 import pytest
 
 from .kernel import tcp_sockets
+from .paths import with_processes
 from .peers import (
     Backend,
     BlackHole,
@@ -185,6 +186,7 @@ def test_all_backends_fail(gateway: StartGateway) -> None:
     assert errors.value("gateway_dial_errors_total", reason="refused") == 1
 
 
+@with_processes
 def test_round_robin(gateway: StartGateway) -> None:
     """Sessions go to the backends in turn."""
     with EchoServer() as one, EchoServer() as two, EchoServer() as three:
@@ -203,6 +205,7 @@ def test_round_robin(gateway: StartGateway) -> None:
         assert set(counts.values()) == {3}
 
 
+@with_processes
 def test_round_robin_on_all_threads(gateway: StartGateway) -> None:
     """With several threads no backend is left out."""
     with EchoServer() as one, EchoServer() as two:

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING
 import pytest
 
 from .kernel import Process, is_listening
+from .paths import with_processes
 from .peers import Backend, EchoServer, connect, is_reset, is_silent, split_address
 from .traffic import (
     MIB,
@@ -35,6 +36,7 @@ if TYPE_CHECKING:
 IDLE_TIMEOUT_S = 1
 
 
+@with_processes
 def test_max_connections(gateway: StartGateway, backend: Backend, session: OpenSession) -> None:
     """A client beyond --max-connections waits, connected, and is served when one leaves."""
     running = gateway(backend.address, max_connections=2)
@@ -57,6 +59,7 @@ def test_max_connections(gateway: StartGateway, backend: Backend, session: OpenS
     assert running.metrics().value("gateway_sessions_max") == 2
 
 
+@with_processes
 def test_max_connections_with_a_crowd(gateway: StartGateway, echo: EchoServer) -> None:
     """Many more clients than --max-connections are all served in the end, never more at once."""
     running = gateway(echo.address, max_connections=5, threads=4)
@@ -114,6 +117,7 @@ def _greet(address: str) -> socket.socket | None:
     return client
 
 
+@with_processes
 def test_file_descriptors_run_out(
     gateway: StartGateway, path: PathUnderTest, echo: EchoServer
 ) -> None:
@@ -129,7 +133,8 @@ def test_file_descriptors_run_out(
         resource.prlimit(pid, resource.RLIMIT_NOFILE, (in_use + 11, before[1]))
     clients = [client for _ in range(60) if (client := _greet(running.address)) is not None]
     settled("sessions", lambda: echo.open, for_s=0.5)
-    assert echo.open <= 8 * path.processes
+    # The first one's are free again when it has gone to the wire.
+    assert echo.open <= 8 * path.processes + (path.label == "wire")
     _assert_not_spinning(running)
     first.sendall(b"still there?")
     expect(first, b"still there?")
@@ -157,6 +162,7 @@ def test_file_descriptors_run_out(
     first.close()
 
 
+@with_processes
 def test_idle_session_is_reset(
     gateway: StartGateway, backend: Backend, session: OpenSession
 ) -> None:
@@ -228,6 +234,7 @@ def _assert_refused(running: Gateway) -> None:
         connect(running.address)
 
 
+@with_processes
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_drain(
     gateway: StartGateway, backend: Backend, session: OpenSession, number: signal.Signals
@@ -260,6 +267,7 @@ def test_drain_of_an_idle_gateway(gateway: StartGateway, backend: Backend) -> No
     assert time.monotonic() - begun < 2.0
 
 
+@with_processes
 def test_drain_timeout(gateway: StartGateway, backend: Backend, session: OpenSession) -> None:
     """After --drain-timeout what is left is reset, and the exit code is 0."""
     running = gateway(backend.address, drain_timeout=1)
@@ -291,6 +299,7 @@ def test_drain_timeout_of_a_stalled_session(
     assert running.access_lines(1)[0]["end"] == "drain_timeout"
 
 
+@with_processes
 @pytest.mark.parametrize("second", [signal.SIGTERM, signal.SIGINT])
 def test_second_signal(
     gateway: StartGateway, backend: Backend, session: OpenSession, second: signal.Signals
@@ -327,6 +336,7 @@ def test_clients_in_the_queue_when_the_drain_begins(
     assert running.await_exit() == 0
 
 
+@with_processes
 def test_restart_on_the_same_port(
     gateway: StartGateway, backend: Backend, session: OpenSession
 ) -> None:

@@ -16,7 +16,7 @@ import pytest
 
 from . import kernel
 from .gateways import Metrics
-from .paths import in_kernel
+from .paths import in_kernel, with_processes
 from .peers import Backend, connect, is_reset, join_address, split_address
 from .traffic import KIB, MIB, Stream, Task, exchange, expect, receive, send_and_finish
 from .waits import eventually
@@ -49,6 +49,7 @@ def _use(client: socket.socket, server: socket.socket, up: Stream, down: Stream)
         task.result()
 
 
+@with_processes
 @pytest.mark.parametrize("log_format", ["text", "json"])
 def test_access_log(
     gateway: StartGateway,
@@ -154,6 +155,7 @@ def test_access_log_of_many_sessions_at_once(gateway: StartGateway, echo: EchoSe
 # --- metrics ---------------------------------------------------------------
 
 
+@with_processes
 def test_metrics_at_the_start(gateway: StartGateway, path: PathUnderTest, echo: EchoServer) -> None:
     """Every metric and every known label value is there, at 0, before the first session."""
     running = gateway(echo.address)
@@ -193,6 +195,7 @@ def test_metrics_at_the_start(gateway: StartGateway, path: PathUnderTest, echo: 
     assert "libbpf" in info
 
 
+@with_processes
 def test_metrics_follow_the_sessions(
     gateway: StartGateway, path: PathUnderTest, backend: Backend, session: OpenSession
 ) -> None:
@@ -343,6 +346,7 @@ def test_lint_finds_what_it_should() -> None:
         assert found in problems
 
 
+@with_processes
 def test_metrics_under_load(gateway: StartGateway, echo: EchoServer) -> None:
     """Many scrapes at once, in the middle of traffic, are all answered."""
     running = gateway(echo.address)

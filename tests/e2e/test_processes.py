@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Worker processes: what they share, what one's death costs, and what outlives it.
 
-The rest of the suite runs with two of them as well (`paths.py`); here is what
+What the rest of the suite says of two of them is in `paths.py`; here is what
 only several processes can do.
 """
 

@@ -15,7 +15,7 @@ import pytest
 
 from . import kernel
 from .crowd import crowd_process, echo_process
-from .paths import in_kernel
+from .paths import in_kernel, with_processes
 from .peers import EchoServer, connect, reset
 from .traffic import KIB, MIB, expect, pause, read_bytes
 from .waits import eventually, settled
@@ -36,6 +36,7 @@ WAKEUPS = 100
 VANISHERS = 1_000
 
 
+@with_processes
 @pytest.mark.timeout(240)
 def test_5000_sessions_at_once(gateway: StartGateway, path: PathUnderTest) -> None:
     """5,000 sessions, each echoing: little memory while idle, and nothing left afterwards."""
