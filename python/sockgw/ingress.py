@@ -47,6 +47,9 @@ _ARPHRD_LOOPBACK: Final = 772
 _RTMGRP_LINK: Final = 1  # linux/rtnetlink.h
 _RTMGRP_ROUTES: Final = 0x40 | 0x80 | 0x400 | 1 << 18  # routes and rules, of both families
 _REST_S: Final = 0.05
+"""Between two walks over the sessions, at least ..."""
+_REST_PARTS: Final = 20
+"""... and for so many times as long as the last one took."""
 
 
 class _Way(Protocol):
@@ -221,7 +224,8 @@ class Ingress:
             now_s = time.monotonic()
             if follow_at_s is not None and follow_at_s <= now_s:
                 self._try(follow_routes, "sessions on wire keep to the interfaces that they had")
-                follow_at_s, rested_at_s = None, now_s + _REST_S
+                end_s = time.monotonic()
+                follow_at_s, rested_at_s = None, end_s + max(_REST_S, _REST_PARTS * (end_s - now_s))
             wait_ms = None if follow_at_s is None else max(1.0, (follow_at_s - now_s) * 1000)
             ready = [fd for fd, _ in poller.poll(wait_ms)]
             if changes in ready and follow_at_s is None:
