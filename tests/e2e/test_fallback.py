@@ -20,6 +20,7 @@ from .gateways import run_sockgw
 from .peers import split_address
 from .programs import require
 from .traffic import MIB, Stream, Task, exchange, receive, send_and_finish
+from .waits import eventually
 
 if TYPE_CHECKING:
     import socket
@@ -334,4 +335,4 @@ def test_rights_lost_leave_nothing() -> None:
             *("--metrics", "off", "--accel", "splice"),
             prefix=obstacle.prefix,
         )
-    assert not kernel.orphaned_since(before)
+    eventually("no BPF object left", lambda: not kernel.orphaned_since(before), within_s=10.0)
