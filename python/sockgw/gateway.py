@@ -73,7 +73,7 @@ class Gateway:
         path asked for by name does not work here), DatapathError or OSError;
         nothing is left open then.
         """
-        self._limit_sessions(may_be_on_wire=self._config.accel in _WITH_WIRE)
+        self._limit_sessions()
         try:
             self._start()
         except BaseException:
@@ -90,11 +90,11 @@ class Gateway:
             "" if self._max_sessions == 1 else "s",
         )
 
-    def _limit_sessions(self, *, may_be_on_wire: bool) -> None:
+    def _limit_sessions(self) -> None:
         """Decide how many sessions there may be, and how many processes are of use."""
         wanted = self._config.max_connections
         allowed = sessions_allowed(_raise_nofile(), self._processes)
-        if may_be_on_wire and wanted is not None:
+        if self._config.accel is Accel.WIRE and wanted is not None:
             # A session on wire costs no descriptor; who knows that most are says so.
             allowed = max(allowed, min(wanted, _MAX_SESSIONS))
         self._max_sessions = min(wanted or allowed, allowed)
@@ -126,8 +126,6 @@ class Gateway:
         if self._wire is not None:
             self.path = Path.WIRE
         else:
-            self._limit_sessions(may_be_on_wire=False)
-            listener.limit = self._max_sessions
             bound(listener.socket)
         listener.listen()
         if config.metrics is not None:
@@ -292,7 +290,7 @@ class Gateway:
                 processes=self._processes,
                 persist=config.persist,
             )
-        except DatapathError as error:
+        except OSError as error:  # DatapathError, or no memory, no process for the guard
             if is_demanded:
                 raise
             self._stay_on_splice("load_failed", str(error))

@@ -50,6 +50,8 @@ _REST_S: Final = 0.05
 """Between two walks over the sessions, at least ..."""
 _REST_PARTS: Final = 20
 """... and for so many times as long as the last one took."""
+_RETRY_S: Final = 1.0
+"""What has failed may have been for want of a descriptor."""
 
 
 class _Way(Protocol):
@@ -153,6 +155,7 @@ class Ingress:
         self._lock = threading.Lock()
         self._attached: set[tuple[str, int]] = set()
         self._is_closed = False
+        self._warned: set[str] = set()
         self._watched: list[int] = []
         self._watcher: threading.Thread | None = None
 
@@ -165,12 +168,13 @@ class Ingress:
         """Attach the programs to each interface that came, forget each that went.
 
         Only Ethernet and loopback: the program reads an Ethernet header.
-        Raises DatapathError when that is refused.
+        Raises DatapathError when that is refused at one of them, behind the others.
         """
         with self._lock:
             if self._is_closed:
                 return
             present = dict(_interfaces())
+            refused: DatapathError | None = None
             for place in [place for place in self._attached if place[1] not in present]:
                 self._attached.remove(place)
                 self._way.forget(*place)
@@ -182,9 +186,11 @@ class Ingress:
                         self._way.attach(program, index, interface)
                     except DatapathError as error:
                         if error.errno != errno.ENODEV:  # gone since the look
-                            raise
+                            refused = refused or error
                     else:
                         self._attached.add((program, index))
+            if refused is not None:
+                raise refused
 
     def watch(self, follow_routes: Callable[[], None] = lambda: None) -> None:
         """Attach the programs to interfaces as they come, from a thread of its own.
@@ -220,24 +226,31 @@ class Ingress:
                 while os.read(changes, 1 << 16):
                     pass
             # Without delay: what comes before the program is there meets the stack.
-            self._try(self.attach, "sessions over it stay on splice")
+            is_done = self._try(self.attach, "sessions over it stay on splice")
             now_s = time.monotonic()
             if follow_at_s is not None and follow_at_s <= now_s:
-                self._try(follow_routes, "sessions on wire keep to the interfaces that they had")
+                otherwise = "sessions on wire keep to the interfaces that they had"
+                is_done &= self._try(follow_routes, otherwise)
                 end_s = time.monotonic()
                 follow_at_s, rested_at_s = None, end_s + max(_REST_S, _REST_PARTS * (end_s - now_s))
+            if not is_done:
+                follow_at_s = time.monotonic() + _RETRY_S
             wait_ms = None if follow_at_s is None else max(1.0, (follow_at_s - now_s) * 1000)
             ready = [fd for fd, _ in poller.poll(wait_ms)]
             if changes in ready and follow_at_s is None:
                 # Changes come in crowds, and to follow them is a walk over all sessions.
                 follow_at_s = rested_at_s
 
-    @staticmethod
-    def _try(step: Callable[[], None], otherwise: str) -> None:
+    def _try(self, step: Callable[[], None], otherwise: str) -> bool:
+        """Return whether that was done; if not, say so once."""
         try:
             step()
-        except DatapathError as error:
-            _log.warning("%s; %s", error, otherwise)
+        except OSError as error:  # DatapathError, or no descriptor
+            if str(error) not in self._warned:
+                self._warned.add(str(error))
+                _log.warning("%s; %s", error, otherwise)
+            return False
+        return True
 
     def narrow(self) -> None:
         """Make this a forked process's copy: what is attached is its parent's."""

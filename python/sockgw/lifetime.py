@@ -356,7 +356,7 @@ class Session:
         if self._client_has_fin:
             to_backend.saw_fin()
         splices: dict[Way, Splice] = {}
-        if released is None or released.reason is Reason.HANDOVER:
+        if released is None or (released.reason is Reason.HANDOVER and not released.held):
             is_answer = released is not None and released.way is Way.TO_CLIENT
             splices = self._pair(to_backend, to_client, is_client_first=is_answer)
         if released is None or not released.is_counted:

@@ -1404,6 +1404,53 @@ def test_segments_too_large_for_the_other_leg(
         assert_served_off_wire(shared.gateway, ends, shared.fallbacks, "mss")
 
 
+@far
+def test_what_is_held_of_a_session_that_does_not_fit(gateway: StartGateway, place: Place) -> None:
+    """Bytes that the loop holds when it hears that a session does not fit stay in front."""
+    stream = Stream(1, 16 * MIB)
+    late = "chain in { type filter hook input priority 0;"
+    late += " tcp flags & (syn | ack) == syn numgen inc mod 2 0 drop; };"
+    with contextlib.ExitStack() as undo:
+        undo.enter_context(place.machines.jumbo(place.machines.client))
+        # So that it is full, and the client has sent enough by the time it is connected.
+        small = ("net.ipv4.tcp_wmem", "4096 16384 32768")
+        undo.enter_context(place.machines.gateway.changed(*small))
+        undo.enter_context(place.machines.backend.filtered("inet", late))
+        backend = undo.enter_context(place.backend(receive_buffer_bytes=8 * KIB))
+        running = gateway(backend.address)
+        client = undo.enter_context(place.connect(running.address))
+        sending = Task(send_and_finish, client, stream)
+        server = undo.enter_context(backend.accept())
+        time.sleep(0.5)  # as long as it is silent for, it may be handed over
+        receipt = receive(server)
+        assert receipt == stream.receipt(), receipt.first_difference(stream.receipt())
+        sending.result()
+        server.close()
+        assert client.recv(1) == b""
+        assert fallbacks(running.metrics()) == {"mss": 1}
+
+
+@far
+def test_restart_after_sessions_that_did_not_fit(
+    gateway: StartGateway, place: Place, session: OpenSession
+) -> None:
+    """What is done to the sockets on the way to the wire keeps no gateway from its port."""
+    with place.machines.jumbo(place.machines.client), place.backend() as backend:
+        running = gateway(backend.address)
+        address = running.address
+        client, server, _ = session(running, backend)
+        for _ in range(3):
+            exchange(client, server)
+        server.close()
+        assert client.recv(1) == b""
+        client.close()
+        running.await_sessions(0)
+        assert fallbacks(running.metrics()) == {"mss": 1}
+        assert running.stop() == 0
+        again = gateway(backend.address, listen=address)
+        assert again.address == address
+
+
 @dataclass(frozen=True)
 class Likeness:
     """What both legs have in common, although it is not what hosts usually have."""

@@ -187,6 +187,10 @@ void gather(struct loop *loop, uint32_t index)
 	uint32_t way;
 	int left;
 
+	if (session->wire == NONE) { /* found unfit meanwhile */
+		stop_gathering(loop, index);
+		return;
+	}
 	gathering->look_at_ns = UINT64_MAX;
 	for (way = 0; way < 2; way++) {
 		uint64_t before = session->bytes[way], stalled_at_ns;

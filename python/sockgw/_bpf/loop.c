@@ -284,8 +284,10 @@ static int release_of(struct loop *loop, const struct list *list, enum sgw_reaso
 		bool is_stream = reason == SGW_HANDOVER && session->is_counted;
 
 		next = session->next;
-		if (reason == SGW_HANDOVER && (session->is_ended[0] || session->is_ended[1]))
-			continue; /* no sockmap takes it any more */
+		/* After a FIN no sockmap takes it; what gathers may hold bytes. */
+		if (reason == SGW_HANDOVER &&
+		    (session->is_ended[0] || session->is_ended[1] || session->gathering))
+			continue;
 		if (loop->now_ns - session->active_ns >=
 			    (is_stream ? STREAM_PAUSE * silent_ns : silent_ns) ||
 		    (loop->now_ns - session->started_ns >= age_ns && !is_stream)) {

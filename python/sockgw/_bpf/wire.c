@@ -285,6 +285,10 @@ static void free_windows(const int *fds)
 		setsockopt(fds[leg], IPPROTO_TCP, TCP_REPAIR, &on, sizeof(on));
 		setsockopt(fds[leg], IPPROTO_TCP, TCP_REPAIR, &off, sizeof(off));
 	}
+	/* It leaves the socket without what it has inherited from the listener, which nobody
+	 * could bind again then for as long as there is a trace of this connection.
+	 */
+	setsockopt(fds[SOCK_SLOT_TO_BACKEND], SOL_SOCKET, SO_REUSEADDR, &on, sizeof(on));
 }
 
 enum wire_unfit wire_arm(struct sgw_wire *wire, const int *fds, uint32_t worker, uint32_t *id)

@@ -112,8 +112,13 @@ static void on_switch(struct loop *loop, uint32_t index)
 	session->fds[CLIENT] = session->fds[BACKEND] = -1;
 	take_out(loop, &loop->connected, index);
 	loop->public.armed--;
-	for (way = 0; way < 2; way++)
-		wire_slot(loop->settings.wire, session->wire, way)->copied = session->bytes[way];
+	for (way = 0; way < 2; way++) {
+		struct wire_slot *slot = wire_slot(loop->settings.wire, session->wire, way);
+
+		slot->copied = session->bytes[way];
+		/* On two CPUs that may have been told before the switch, and not been heard. */
+		__atomic_store_n(&slot->is_too_long, 0, __ATOMIC_SEQ_CST);
+	}
 	/* It may be over already, and what came since then to our sockets is of no matter;
 	 * on two CPUs that may even be told before this.
 	 */
@@ -166,6 +171,9 @@ static int take_wire_event(void *context, void *data, size_t size)
 		wire_tell_too_long(wire, event->session, event->detail);
 	else if (event->happening == WIRE_IS_UNFIT && keeps_sockets(loop, session, false)) {
 		session->is_unfit = 1;
+		/* It is released there, where it is known how many may be. */
+		if (session->gathering)
+			session->gathering->look_at_ns = 0;
 		loop->public.unfit[event->detail]++;
 	}
 	/* An error ends the walk behind this record; the rest stays, and is told again. */
