@@ -35,7 +35,7 @@ ROOT = Path(__file__).resolve().parent
 BPF = ROOT / "bpf"
 PACKAGE = ROOT / "python" / "sockgw" / "_bpf"
 C_SOURCES = sorted(PACKAGE.glob("*.c"))
-OBJECTS = ("sockmap.bpf.o", "wire.bpf.o")
+OBJECTS = ("sockmap.bpf.o", "wire.bpf.o", "direct.bpf.o")
 BINDING = "_binding.abi3.so"
 
 # The oldest Python whose stable ABI the binding asks for: requires-python.
@@ -127,7 +127,7 @@ def is_stale(output: Path, sources: Iterable[Path]) -> bool:
 
 def stale_outputs(out: Path) -> dict[Path, Callable[[Path], None]]:
     """Return what in `out` is to be built, with the function that builds each."""
-    shared = [Path(__file__), BPF / "sockmap.h", BPF / "wire.h"]
+    shared = [Path(__file__), BPF / "sockmap.h", BPF / "wire.h", BPF / "direct.h"]
     headers = PACKAGE.glob("*.h")
     stale: dict[Path, Callable[[Path], None]] = {}
     for name in OBJECTS:
@@ -212,7 +212,7 @@ def generate_binding(output: Path) -> None:
 
     ffi = cffi.FFI()
     ffi.cdef(KERNEL_TYPES)
-    for header in (BPF / "sockmap.h", PACKAGE / "cdef.h"):
+    for header in (BPF / "sockmap.h", BPF / "direct.h", PACKAGE / "cdef.h"):
         ffi.cdef(declarations(header.read_text(), str(header.relative_to(ROOT))))
     ffi.set_source("sockgw._bpf._binding", '#include "shim.h"', compiler_verbose=False)
     ffi.emit_c_code(str(output))

@@ -29,10 +29,17 @@ enum bpf_map_type {
 	BPF_MAP_TYPE_HASH = 1,
 	BPF_MAP_TYPE_ARRAY = 2,
 	BPF_MAP_TYPE_PERCPU_ARRAY = 6,
+	BPF_MAP_TYPE_LRU_HASH = 9,
 	BPF_MAP_TYPE_ARRAY_OF_MAPS = 12,
 	BPF_MAP_TYPE_SOCKHASH = 18,
 	BPF_MAP_TYPE_SK_STORAGE = 24,
 	BPF_MAP_TYPE_RINGBUF = 27,
+};
+
+enum {
+	BPF_NOEXIST = 1,
+	BPF_SK_STORAGE_GET_F_CREATE = 1,
+	BPF_F_INGRESS = 1,
 };
 
 enum {
@@ -57,6 +64,12 @@ enum {
 
 enum {
 	TCP_ESTABLISHED = 1,
+	TCP_FIN_WAIT1 = 4,
+	TCP_FIN_WAIT2 = 5,
+};
+
+enum sock_flags {
+	SOCK_ZEROCOPY = 18,
 };
 
 enum {
@@ -65,6 +78,7 @@ enum {
 };
 
 enum {
+	BPF_SOCK_OPS_TIMEOUT_INIT = 1,
 	BPF_SOCK_OPS_ACTIVE_ESTABLISHED_CB = 4,
 	BPF_SOCK_OPS_PASSIVE_ESTABLISHED_CB = 5,
 	BPF_SOCK_OPS_RETRANS_CB = 9,
@@ -125,11 +139,49 @@ struct __sk_buff {
 struct bpf_sock_ops {
 	__u32 op;
 	__u32 args[4];
+	__u32 family;
+	__u32 remote_ip4;
+	__u32 local_ip4;
+	__u32 remote_ip6[4];
+	__u32 local_ip6[4];
+	__u32 remote_port;
+	__u32 local_port;
+	__u32 is_fullsock;
 	__u32 srtt_us;
+	__u32 bpf_sock_ops_cb_flags;
 	__u32 total_retrans;
 	union {
 		struct bpf_sock *sk;
 	};
+};
+
+struct sk_msg_md {
+	__u32 size;
+	union {
+		struct bpf_sock *sk;
+	};
+};
+
+struct list_head {
+	struct list_head *next;
+};
+
+struct bpf_prog;
+
+struct sk_psock_progs {
+	struct bpf_prog *msg_parser;
+	struct bpf_prog *stream_parser;
+	struct bpf_prog *stream_verdict;
+	struct bpf_prog *skb_verdict;
+};
+
+struct sk_psock {
+	struct sk_psock_progs progs;
+	struct list_head ingress_msg;
+};
+
+struct proto {
+	unsigned long *memory_pressure;
 };
 
 struct net_device {
@@ -152,23 +204,43 @@ struct dst_entry {
 	struct xfrm_state *xfrm;
 };
 
+typedef struct {
+	int counter;
+} atomic_t;
+
+typedef struct {
+	__s64 counter;
+} atomic64_t;
+
 struct sock_common {
+	unsigned short skc_family;
 	volatile unsigned char skc_state;
 	struct {
 		struct net *net;
 	} skc_net;
+	struct proto *skc_prot;
+	atomic64_t skc_cookie;
+	union {
+		unsigned long skc_flags;
+	};
 };
 
 struct sock {
 	struct sock_common __sk_common;
+	__s32 sk_peek_off;
 	struct {
+		atomic_t rmem_alloc;
 		int len;
 	} sk_backlog;
+	int sk_rcvlowat;
 	struct dst_entry *sk_dst_cache;
 	struct xfrm_policy *sk_policy[2];
 	int sk_wmem_queued;
 	int sk_sndbuf;
+	__u8 sk_shutdown;
+	void *sk_user_data;
 };
+
 
 struct rb_node;
 
@@ -185,6 +257,8 @@ struct inet_connection_sock {
 	__u32 icsk_pmtu_cookie;
 };
 
+struct request_sock;
+
 struct tcp_sock {
 	__u32 copied_seq;
 	__u32 write_seq;
@@ -200,6 +274,7 @@ struct tcp_sock {
 	__u8 ecn_flags;
 	struct rb_root out_of_order_queue;
 	struct tcp_options_received rx_opt;
+	struct request_sock *fastopen_rsk;
 };
 
 #pragma clang attribute pop

@@ -21,9 +21,11 @@ struct bpf_program *bpf_object__find_program_by_name(const struct bpf_object *ob
 						     const char *name);
 int bpf_program__set_autoload(struct bpf_program *program, bool autoload);
 int bpf_program__fd(const struct bpf_program *program);
+struct bpf_link *bpf_program__attach(const struct bpf_program *program);
 struct bpf_link *bpf_program__attach_cgroup(const struct bpf_program *program, int cgroup_fd);
 int bpf_link__destroy(struct bpf_link *link);
 int bpf_map__set_max_entries(struct bpf_map *map, uint32_t max_entries);
+int bpf_map__set_initial_value(struct bpf_map *map, const void *data, size_t size);
 int bpf_map__fd(const struct bpf_map *map);
 uint32_t bpf_map__max_entries(const struct bpf_map *map);
 uint32_t bpf_map__key_size(const struct bpf_map *map);
@@ -42,6 +44,9 @@ int bpf_obj_get(const char *path);
 
 /* Attach a verdict program to a sockmap; it goes when the map goes. */
 int sgw_attach_verdict(int program, int sock_map);
+
+/* Attach a program to what the sockets of a sockmap send; it goes when the map goes. */
+int sgw_attach_sender(int program, int sock_map);
 
 /* libbpf's messages, the verifier's log among them, since the last reset. */
 void sgw_log_capture(void);
@@ -131,6 +136,8 @@ struct sgw_run {
 	uint32_t chunks; /* at most so many */
 	struct sock_slot *slot; /* NULL: the source is in no map */
 	uint64_t redirected; /* slot's, at the last flush: while it stands, order is kept */
+	const struct direct_slot *direct; /* NULL: nothing of this direction goes direct */
+	uint64_t handed_over; /* direct's bytes, at the last flush: as redirected */
 	/* The result. */
 	uint64_t taken;
 	uint64_t written;
@@ -142,6 +149,19 @@ struct sgw_run {
 
 /* Copy until the source is empty or ends, a socket fails, or something is held. */
 void sgw_run(struct sgw_run *run);
+
+/* The direct path. Ask sock_direct_ask: an enum direct_answer, or -errno. */
+int sgw_direct_ask(int program, const struct direct_ask *ask);
+
+struct sgw_direct_totals {
+	uint64_t bytes[2]; /* by SOCK_SLOT_TO_... */
+	uint64_t messages;
+	uint64_t passed_messages;
+};
+
+void sgw_direct_totals(const struct direct_slot *slots, size_t count,
+		       struct sgw_direct_totals *totals);
+uint64_t sgw_cookie(int fd); /* 0: there is no such socket */
 
 /* The wire path (wire.c): one for each process. */
 
@@ -287,6 +307,7 @@ struct sgw_loop_settings {
 	int receive_option; /* SO_RCVBUF or SO_RCVBUFFORCE of a backend's socket */
 	int receive_bytes; /* 0: leave it to the kernel */
 	int stats_map; /* -1: none */
+	int own_map; /* of sockets that we dial, for the direct path; -1: none */
 	bool is_logging; /* whether names and stats of ended sessions are wanted */
 	uint64_t *turns; /* sessions begun, by all that share the backends */
 	struct sgw_wire *wire; /* NULL: no session goes by wire */

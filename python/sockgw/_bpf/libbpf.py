@@ -191,6 +191,13 @@ class Object:
         entries: int = lib.bpf_map__max_entries(handle)
         return entries
 
+    def set_constants(self, data: bytes) -> None:
+        """Give the object's ``const volatile`` variables, all of them, these values."""
+        handle = self._handle(".rodata")
+        _check(
+            lib.bpf_map__set_initial_value(handle, data, len(data)), "set the constants of", self._name
+        )
+
     def skip(self, name: str) -> None:
         """Leave the program `name` out of the load."""
         program = self._program(name)
@@ -223,6 +230,23 @@ class Object:
         """Attach `program` to the sockmap; it goes when the map goes."""
         fd = _check(lib.bpf_program__fd(self._program(program)), "find", program)
         _check(lib.sgw_attach_verdict(fd, sockets.fd), f"attach {program} to", sockets.name)
+
+    def attach_sender(self, program: str, sockets: Map) -> None:
+        """Attach `program` to what the sockets of a sockmap send; it goes when the map goes."""
+        fd = _check(lib.bpf_program__fd(self._program(program)), "find", program)
+        _check(lib.sgw_attach_sender(fd, sockets.fd), f"attach {program} to", sockets.name)
+
+    def attach(self, program: str, target: str) -> None:
+        """Attach `program` to what its section names, by a link, which dies with the process."""
+        link = _check(
+            lib.bpf_program__attach(self._program(program)), f"attach {program} to", target
+        )
+        self._links.append(link)
+
+    def program_fd(self, program: str) -> int:
+        """Return the descriptor of a loaded program, which stays the object's."""
+        fd: int = _check(lib.bpf_program__fd(self._program(program)), "find", program)
+        return fd
 
     def attach_cgroup(self, program: str, cgroup: Path) -> None:
         """Attach `program` to `cgroup` by a link, which dies with the process."""

@@ -330,6 +330,9 @@ int sgw_loop_hand_over(struct sgw_loop *public, uint64_t silent_ns, uint64_t age
  */
 static bool is_in_order(const struct sgw_run *run)
 {
+	if (run->direct &&
+	    __atomic_load_n(&run->direct->bytes, __ATOMIC_ACQUIRE) != run->handed_over)
+		return false;
 	return !run->slot ||
 	       (!__atomic_load_n(&run->slot->is_damaged, __ATOMIC_ACQUIRE) &&
 		__atomic_load_n(&run->slot->redirected, __ATOMIC_ACQUIRE) == run->redirected);

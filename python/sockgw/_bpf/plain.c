@@ -141,6 +141,8 @@ static int dial(struct loop *loop, uint32_t index)
 	/* In a rush the kernel is spared: finish() asks TCP itself. */
 	if (loop->settings.stats_map >= 0 && loop->public.handover != SGW_AT_SECOND)
 		bpf_map_update_elem(loop->settings.stats_map, &fd, &nothing, BPF_ANY);
+	if (loop->settings.own_map >= 0)
+		bpf_map_update_elem(loop->settings.own_map, &fd, &(uint32_t){ 1 }, BPF_ANY);
 	if (connect(fd, (const struct sockaddr *)&target->address, target->length) &&
 	    errno != EINPROGRESS)
 		return errno;

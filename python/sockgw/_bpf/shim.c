@@ -58,6 +58,11 @@ int sgw_attach_verdict(int program, int sock_map)
 	return bpf_prog_attach(program, sock_map, BPF_SK_SKB_STREAM_VERDICT, 0);
 }
 
+int sgw_attach_sender(int program, int sock_map)
+{
+	return bpf_prog_attach(program, sock_map, BPF_SK_MSG_VERDICT, 0);
+}
+
 /* A kernel that knows the socket is about to refuse it (EOPNOTSUPP) would leave
  * the other one in the map by itself, so look first: a hang-up of either side
  * means that it is not ESTABLISHED any more.
@@ -216,6 +221,36 @@ void sgw_totals(const struct sock_slot *slots, size_t count, struct sgw_totals *
 		totals->redirected_segments += slots[i].redirected_segments;
 		totals->passed_segments += slots[i].passed_segments;
 	}
+}
+
+int sgw_direct_ask(int program, const struct direct_ask *ask)
+{
+	LIBBPF_OPTS(bpf_test_run_opts, run, .data_in = ask, .data_size_in = sizeof(*ask),
+		    .repeat = 1);
+	int err = bpf_prog_test_run_opts(program, &run);
+
+	return err < 0 ? err : (int)run.retval;
+}
+
+void sgw_direct_totals(const struct direct_slot *slots, size_t count,
+		       struct sgw_direct_totals *totals)
+{
+	size_t i;
+
+	memset(totals, 0, sizeof(*totals));
+	for (i = 0; i < count; i++) {
+		totals->bytes[i % SOCK_SLOTS_PER_SESSION] += slots[i].bytes;
+		totals->messages += slots[i].messages;
+		totals->passed_messages += slots[i].passed_messages;
+	}
+}
+
+uint64_t sgw_cookie(int fd)
+{
+	uint64_t cookie = 0;
+
+	cookie_of(fd, &cookie);
+	return cookie;
 }
 
 /* What was acknowledged, then what was not (write_seq - snd_una): an

@@ -14,6 +14,7 @@
 #include <bpf/bpf.h>
 #include <bpf/libbpf.h>
 #include "sockmap.h"
+#include "direct.h"
 #include "cdef.h"
 
 #endif

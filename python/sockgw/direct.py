@@ -1,0 +1,441 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The direct path: both applications are on this host, and the kernel hands bytes over.
+
+Owns the programs that see the applications' sockets and the words of each
+direction. Sockets of ours and counters cross this interface; the applications'
+sockets are never ours. Closing the `Direct`, or the death of the process, takes
+the programs off the cgroup and gives the applications' sockets their own
+functions back; what was handed over and not read by then is lost, and that is
+why sessions are reset when the gateway dies.
+
+How the bytes stay in order
+===========================
+A session on direct is on the relay at the same time: what an application sends
+goes to the other's queue if everything before it has been read by the other,
+and else by TCP to us. So userspace asks for each chunk that comes by TCP
+whether something was handed over since it last looked (`is_overtaken`); if so,
+the chunk waits until the receiver has read all of it (the *flush*). A FIN waits
+in the same way. While bytes wait nothing is handed over: they are sent, and not
+read. The programs' side of this is in bpf/direct.bpf.c.
+"""
+
+from __future__ import annotations
+
+import enum
+import errno
+import mmap
+import select
+import socket
+import struct
+from collections import deque
+from contextlib import ExitStack
+from importlib.resources import as_file, files
+from typing import TYPE_CHECKING, Any, Final
+
+from sockgw._bpf import features, libbpf
+from sockgw._bpf._binding import ffi, lib
+from sockgw.errors import DatapathError, UnsupportedKernelError
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+    from pathlib import Path
+
+_SLOT_BYTES: Final[int] = ffi.sizeof("struct direct_slot")
+_RECORD_BYTES: Final = 8 + 8  # the ring's header, and the record rounded up to 8
+_RECORDS_PER_SLOT: Final = 8
+"""More than are ever told without being read, but for a reader that is slow to hear:
+what does not fit is found by the next look."""
+_SOCKETS_PER_SESSION: Final = 4
+"""Applications' sockets in the map: they stay until they are closed, which may be
+long after their session."""
+_SOCKETS_SPARE: Final = 4096
+_LISTENER: Final = struct.Struct("=QII")
+_ONE: Final = struct.pack("=I", 1)
+_ANYWHERE: Final = bytes(16)
+_MAPPED: Final = bytes(10) + b"\xff\xff"  # ::ffff:0.0.0.0
+_SO_NETNS_COOKIE: Final = 71
+_SO_MEMINFO: Final = 55
+
+_REFUSALS: Final = {
+    lib.DIRECT_WAITS_FOR_ALL: "waits_for_all",
+    lib.DIRECT_PEEKS: "peek_offset",
+    lib.DIRECT_ZEROCOPY: "zerocopy",
+    lib.DIRECT_TAKEN: "socket_taken",
+}
+
+PROOF_BYTES: Final = 100
+_PROOF_S: Final = 5.0
+
+
+class Watch(enum.Enum):
+    """What came of `Direct.watch`."""
+
+    NO = lib.DIRECT_NO
+    """Not both applications' sockets are known, nor will they be."""
+    YES = lib.DIRECT_YES
+    NOT_YET = lib.DIRECT_NOT_YET
+    """The backend's may come: its kernel has not seen the end of the handshake."""
+
+
+class DirectSlot:
+    """One direction of a session that is watched. All counts are since then."""
+
+    __slots__ = ("_ask", "_before", "_flushed_at", "_index", "_is_counted", "words")
+
+    def __init__(self, ask: int, words: Any, index: int) -> None:  # noqa: ANN401 - struct direct_slot *
+        """Made by `Direct.watch` only: start at the words' present values."""
+        words.older_end = words.bytes
+        words.older_messages = words.newer_messages = 0
+        words.sender = words.receiver = 0
+        words.refusal = words.was_cut = words.is_told = words.has_read = words.read_to = 0
+        words.is_awaited = 0
+        self.words = words
+        self._ask = ask
+        self._index = index
+        self._before: int = words.bytes
+        self._flushed_at = self._before
+        self._is_counted = False
+
+    @property
+    def bytes(self) -> int:
+        """Bytes that were handed over."""
+        return self.words.bytes - self._before  # type: ignore[no-any-return]
+
+    @property
+    def was_cut(self) -> bool:
+        """Whether the receiver was closed without having read all that was handed over."""
+        return bool(self.words.was_cut)
+
+    @property
+    def is_told(self) -> bool:
+        """Whether the receiver has read bytes by TCP: the time to `open`."""
+        return bool(self.words.is_told)
+
+    @property
+    def is_refused(self) -> bool:
+        """Whether nothing will be handed over (any more)."""
+        return bool(self.words.refusal)
+
+    def refusal(self) -> str | None:
+        """Return why nothing is handed over (any more), once; a word fit for a label."""
+        if not self.words.refusal or self._is_counted:
+            return None
+        self._is_counted = True
+        return _REFUSALS.get(self.words.refusal, "other")
+
+    @property
+    def is_overtaken(self) -> bool:
+        """Whether bytes were handed over since the last flush."""
+        return bool(self.words.bytes != self._flushed_at)
+
+    @property
+    def guard(self) -> tuple[Any, int]:
+        """The words by which `Relay.run` sees that it still copies in order."""
+        return self.words, self._flushed_at
+
+    def open(self) -> bool:
+        """Have what the sender sends pass the program; False when that is refused."""
+        return _answer(self._ask, lib.DIRECT_OPEN, self._index) == lib.DIRECT_YES
+
+    def is_flushed(self) -> bool:
+        """Look whether the receiver has read all that was handed over.
+
+        To be asked only while bytes or a FIN have come by TCP: nothing more is
+        handed over then. If not, the ring tells when it has.
+        """
+        # Set before the look: a recv() that is not seen by it sees this.
+        self.words.is_awaited = 1
+        handed_over = self.words.bytes
+        if _answer(self._ask, lib.DIRECT_LOOK, self._index) == lib.DIRECT_YES:
+            return False
+        self.words.is_awaited = 0
+        self._flushed_at = handed_over
+        return True
+
+
+class DirectPair:
+    """A session that is watched: its two directions."""
+
+    __slots__ = ("index", "to_backend", "to_client")
+
+    def __init__(self, index: int, to_backend: DirectSlot, to_client: DirectSlot) -> None:
+        """Made by `Direct.watch` only; `index` is what `Direct.events` names it by."""
+        self.index = index
+        self.to_backend = to_backend
+        self.to_client = to_client
+
+    @property
+    def is_refused(self) -> bool:
+        """Whether nothing is handed over either way (any more)."""
+        return self.to_backend.is_refused and self.to_client.is_refused
+
+
+class Direct:
+    """The loaded programs and maps; one for a gateway.
+
+    `watch` and `forget` may be called from any thread, a worker's ring only
+    from that worker.
+    """
+
+    def __init__(
+        self,
+        bpf_object: libbpf.Object,
+        resources: ExitStack,
+        *,
+        sessions: int,
+        workers: int,
+        processes: int,
+    ) -> None:
+        """Made by `load` only; what is opened here is put on `resources`."""
+        self._resources = resources
+        self._listeners = bpf_object.map("direct_listeners")
+        self._own = bpf_object.map("direct_own")
+        self._ask = bpf_object.program_fd("sock_direct_ask")
+        self._slots = sessions * lib.SOCK_SLOTS_PER_SESSION
+        shared = mmap.mmap(bpf_object.map("direct_slots").fd, self._slots * _SLOT_BYTES)
+        resources.callback(shared.close)
+        self._words = ffi.from_buffer("struct direct_slot[]", shared, require_writable=True)
+        resources.callback(ffi.release, self._words)
+        self._free = deque(range(sessions))
+        rings = bpf_object.map("direct_rings")
+        self._rings: dict[int, libbpf.Ring] = {}
+        resources.callback(self._close_rings)
+        slots_of_one = -(-sessions // processes) * lib.SOCK_SLOTS_PER_SESSION
+        for worker in range(workers):
+            ring = libbpf.Ring(slots_of_one * _RECORDS_PER_SLOT * _RECORD_BYTES)
+            self._rings[worker] = ring
+            rings.put(struct.pack("=I", worker), struct.pack("=I", ring.fd))
+
+    @classmethod
+    def load(
+        cls,
+        *,
+        sessions: int,
+        workers: int,
+        cgroups: tuple[Path, ...],
+        bound_bytes: int,
+        processes: int = 1,
+    ) -> Direct:
+        """Load the object, with room for `sessions`, and attach it to the `cgroups`.
+
+        At most `bound_bytes` of a direction lie unread in its receiver's queue.
+        All `workers` of all `processes`: those are forked afterwards, and each
+        calls `narrow`. Raises `VerifierError` or `DatapathError`, and leaves
+        nothing behind then.
+        """
+        with ExitStack() as resources:
+            with as_file(files("sockgw._bpf").joinpath("direct.bpf.o")) as path:
+                bpf_object = libbpf.Object(path)
+            resources.callback(bpf_object.close)
+            slots = sessions * lib.SOCK_SLOTS_PER_SESSION
+            bpf_object.resize("direct_slots", slots)
+            bpf_object.resize("direct_rings", workers)
+            bpf_object.resize("direct_found", max(slots, lib.DIRECT_BIRTHS))
+            for name in ("direct_sockets", "direct_senders"):
+                bpf_object.resize(name, sessions * _SOCKETS_PER_SESSION + _SOCKETS_SPARE)
+            bpf_object.set_constants(struct.pack("=I", bound_bytes))
+            bpf_object.load()
+            direct = cls(
+                bpf_object, resources, sessions=sessions, workers=workers, processes=processes
+            )
+            bpf_object.attach_sender("sock_direct", bpf_object.map("direct_senders"))
+            bpf_object.attach("sock_direct_read", "the tracepoint sock_recv_length")
+            # Last: a socket that it captures finds everything else in place.
+            for cgroup in cgroups:
+                bpf_object.attach_cgroup("sock_capture", cgroup)
+            direct._resources = resources.pop_all()
+            return direct
+
+    def narrow(self, sessions: range, workers: range) -> None:
+        """Make this, a forked process's copy, the one of `workers` and their `sessions`."""
+        self._free = deque(sessions)
+        for worker in [worker for worker in self._rings if worker not in workers]:
+            self._rings.pop(worker).close()
+
+    def reclaim(self, sessions: range, workers: range) -> None:
+        """Forget the `sessions` of a process that has died, and with it our sockets."""
+        for index in range(
+            sessions.start * lib.SOCK_SLOTS_PER_SESSION, sessions.stop * lib.SOCK_SLOTS_PER_SESSION
+        ):
+            if self._words[index].sender:
+                _answer(self._ask, lib.DIRECT_FORGET, index)
+        for worker in workers:
+            while self._rings[worker].drain():
+                pass
+
+    def listen(self, sock: socket.socket) -> None:
+        """Capture the clients of `sock`, which is bound and not yet listening."""
+        self.dial(sock)
+        host, port = sock.getsockname()[:2]
+        address = socket.inet_pton(sock.family, host.partition("%")[0])
+        if not any(address):
+            address = _ANYWHERE
+        elif sock.family == socket.AF_INET:
+            address = _MAPPED + address
+        netns = sock.getsockopt(socket.SOL_SOCKET, _SO_NETNS_COOKIE, 8)
+        self._listeners.put(_LISTENER.pack(int.from_bytes(netns, "little"), port, 0), address)
+
+    def dial(self, sock: socket.socket) -> None:
+        """Capture who accepts `sock`, which is about to connect."""
+        self._own.put(struct.pack("=i", sock.fileno()), _ONE)
+
+    @property
+    def own_fd(self) -> int:
+        """The map in which `dial` marks a socket."""
+        return self._own.fd
+
+    def watch(
+        self, client: socket.socket, backend: socket.socket, worker: int
+    ) -> DirectPair | Watch:
+        """Find the applications' sockets at the other ends of our two.
+
+        Returns the session's directions, or why there are none. Raises
+        DatapathError when the kernel refuses to be asked.
+        """
+        cookies = lib.sgw_cookie(client.fileno()), lib.sgw_cookie(backend.fileno())
+        try:
+            index = self._free.popleft()
+        except IndexError:
+            raise DatapathError(errno.ENOSPC, "watch a session in", "direct_slots") from None
+        first = index * lib.SOCK_SLOTS_PER_SESSION
+        up, down = first + lib.SOCK_SLOT_TO_BACKEND, first + lib.SOCK_SLOT_TO_CLIENT
+        pair = DirectPair(
+            index,
+            DirectSlot(self._ask, self._words + up, up),
+            DirectSlot(self._ask, self._words + down, down),
+        )
+        try:
+            answer = _answer(self._ask, lib.DIRECT_WATCH, first, *cookies, worker)
+        except DatapathError:
+            self._free.appendleft(index)
+            raise
+        if answer == lib.DIRECT_YES:
+            return pair
+        self._free.appendleft(index)
+        return Watch(answer)
+
+    def forget(self, pair: DirectPair) -> None:
+        """Leave a session's applications to themselves; our sockets are closed."""
+        for way in (lib.SOCK_SLOT_TO_BACKEND, lib.SOCK_SLOT_TO_CLIENT):
+            index = pair.index * lib.SOCK_SLOTS_PER_SESSION + way
+            _answer(self._ask, lib.DIRECT_FORGET, index)
+            self._words[index].sender = 0
+        # First in, first out: a slot rests as long as it can before its reuse.
+        self._free.append(pair.index)
+
+    def ring_fd(self, worker: int) -> int:
+        """Return what `worker` polls for EPOLLIN to hear of its sessions."""
+        return self._rings[worker].fd
+
+    def events(self, worker: int) -> list[int]:
+        """Take what was told to `worker`: the `DirectPair.index` of sessions to look at."""
+        return [slot // lib.SOCK_SLOTS_PER_SESSION for slot in self._rings[worker].drain()]
+
+    def totals(self) -> tuple[tuple[int, int], int, int]:
+        """Sum up since the load.
+
+        Bytes handed over, to the backends and to the clients; messages handed
+        over, and left to TCP, of senders whose sends pass the program.
+        """
+        totals = ffi.new("struct sgw_direct_totals *")
+        lib.sgw_direct_totals(self._words, self._slots, totals)
+        return (totals.bytes[0], totals.bytes[1]), totals.messages, totals.passed_messages
+
+    def prove(self) -> None:
+        """Have bytes handed over both ways, and see what the kernel does with them.
+
+        Raises UnsupportedKernelError when it does not charge them to the
+        receiver, so that nothing would stop a sender, and OSError when they do
+        not come through.
+        """
+        with ExitStack() as stack:
+            client, near, far, backend = stack.enter_context(_Session(self)).sockets
+            pair = self.watch(near, far, next(iter(self._rings)))
+            if not isinstance(pair, DirectPair):
+                raise OSError(errno.EIO, "the sockets of two connections were not captured")
+            stack.callback(self.forget, pair)
+            for source, inner, outer, target in (
+                (client, near, far, backend),
+                (backend, far, near, client),
+            ):
+                _exchange(source, inner, outer, target)
+            if not (pair.to_backend.open() and pair.to_client.open()):
+                raise OSError(errno.EIO, "the sockets of two connections were refused")
+            for source, target, slot in (
+                (client, backend, pair.to_backend),
+                (backend, client, pair.to_client),
+            ):
+                source.sendall(bytes(PROOF_BYTES))
+                if slot.bytes != PROOF_BYTES:
+                    raise OSError(errno.EIO, "bytes that could be handed over were not")
+                meminfo = target.getsockopt(socket.SOL_SOCKET, _SO_MEMINFO, 4)
+                charged = int.from_bytes(meminfo, "little")
+                if len(target.recv(2 * PROOF_BYTES)) != PROOF_BYTES:
+                    raise OSError(errno.EIO, "bytes were handed over and did not arrive")
+                if charged < PROOF_BYTES:
+                    needs = (
+                        "boot a kernel that is >= 6.13: this one charges to nobody what is"
+                        " handed over, so that nothing would stop a sender"
+                    )
+                    raise UnsupportedKernelError("direct", needs)
+
+    def close(self) -> None:
+        """Detach and free everything; every session must be forgotten."""
+        self._resources.close()
+
+    def _close_rings(self) -> None:
+        while self._rings:
+            self._rings.popitem()[1].close()
+
+
+class _Session:
+    """A client, our two sockets, a backend: two connections on the loopback."""
+
+    def __init__(self, direct: Direct) -> None:
+        """Connect them as a gateway would."""
+        with ExitStack() as stack:
+            server = stack.enter_context(socket.create_server(("127.0.0.1", 0)))
+            with socket.socket() as listener:
+                listener.bind(("127.0.0.1", 0))
+                direct.listen(listener)
+                listener.listen()
+                client = stack.enter_context(
+                    socket.create_connection(listener.getsockname(), timeout=_PROOF_S)
+                )
+                near = stack.enter_context(listener.accept()[0])
+            far = stack.enter_context(socket.socket())
+            direct.dial(far)
+            far.connect(server.getsockname())
+            backend = stack.enter_context(server.accept()[0])
+            self.sockets = client, near, far, backend
+            for sock in self.sockets:
+                sock.settimeout(_PROOF_S)
+            self._stack = stack.pop_all()
+
+    def __enter__(self) -> _Session:
+        """Return it, connected."""
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        """Close all four."""
+        self._stack.close()
+
+
+def _exchange(
+    source: socket.socket, inner: socket.socket, outer: socket.socket, target: socket.socket
+) -> None:
+    """Send a byte by TCP and relay it."""
+    source.sendall(b"x")
+    outer.sendall(inner.recv(1))
+    target.recv(1)
+
+
+def _answer(
+    program: int, question: int, slot: int, client: int = 0, backend: int = 0, worker: int = 0
+) -> int:
+    """Ask sock_direct_ask; return its enum direct_answer. Raises DatapathError."""
+    ask = ffi.new("struct direct_ask *", (question, slot, client, backend, worker, 0))
+    answer: int = lib.sgw_direct_ask(program, ask)
+    if answer < 0:
+        raise DatapathError(-answer, "run", "sock_direct_ask")
+    return answer
