@@ -280,6 +280,14 @@ def _sockgw() -> None:
     help="How the log on stderr is written.",
 )
 @_option(
+    "--direct-bound",
+    "direct_bound_bytes",
+    config.parse_size,
+    metavar="BYTES",
+    help="On direct, how much of what was sent to an application it may leave unread before"
+    " bytes go by TCP again; also 64K, 4M.",
+)
+@_option(
     "--persist",
     "persist",
     _read_path,

@@ -32,6 +32,10 @@ MAX_TIMEOUT_S = 24 * 86400.0
 _PORT_MAX = 65535
 _UNITS_S = {"ms": 0.001, "s": 1.0, "": 1.0, "m": 60.0, "h": 3600.0}
 _DURATION = re.compile(r"([0-9]+(?:\.[0-9]*)?|\.[0-9]+)(ms|s|m|h|)")
+_SIZE = re.compile("([0-9]+)([KMG]?)")
+_SHIFTS = {"": 0, "K": 10, "M": 20, "G": 30}
+_SIZE_DIGITS = 10
+_SIZE_MAX = 1 << 30
 _NAME = re.compile(r"[\w.-]+")
 
 
@@ -184,6 +188,17 @@ def parse_count(text: str, *, option: str, most: int) -> int:
     return int(digits)
 
 
+def parse_size(text: str, *, option: str) -> int:
+    """Read a number of bytes, up to 1 GiB: 65536, 64K or 4M."""
+    match = _SIZE.fullmatch(text)
+    size = int(match[1]) << _SHIFTS[match[2]] if match and len(match[1]) <= _SIZE_DIGITS else 0
+    if not 0 < size <= _SIZE_MAX:
+        raise ConfigError(
+            f"{option} {text!r}: write a number of bytes from 1 to 1G, such as 65536, 64K or 4M"
+        )
+    return size
+
+
 def parse_choice(choices: type[Choice], text: str, *, option: str) -> Choice:
     """Read the value of one member of `choices`."""
     try:
@@ -221,5 +236,7 @@ class Config:
     drain_timeout_s: float = 30
     log_format: LogFormat = LogFormat.TEXT
     verbose: bool = False
+    direct_bound_bytes: int = 4 << 20
+    """Of each direction of a session on direct: what its receiver has yet to read."""
     persist: Path | None = None
     """A directory on a bpffs, where sessions on wire outlive the gateway; None: they do not."""

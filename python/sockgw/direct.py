@@ -21,12 +21,11 @@ read. The programs' side of this is in bpf/direct.bpf.c.
 
 from __future__ import annotations
 
-import enum
 import errno
 import mmap
-import select
 import socket
 import struct
+import sys
 from collections import deque
 from contextlib import ExitStack
 from importlib.resources import as_file, files
@@ -65,16 +64,6 @@ _REFUSALS: Final = {
 
 PROOF_BYTES: Final = 100
 _PROOF_S: Final = 5.0
-
-
-class Watch(enum.Enum):
-    """What came of `Direct.watch`."""
-
-    NO = lib.DIRECT_NO
-    """Not both applications' sockets are known, nor will they be."""
-    YES = lib.DIRECT_YES
-    NOT_YET = lib.DIRECT_NOT_YET
-    """The backend's may come: its kernel has not seen the end of the handshake."""
 
 
 class DirectSlot:
@@ -135,7 +124,7 @@ class DirectSlot:
 
     def open(self) -> bool:
         """Have what the sender sends pass the program; False when that is refused."""
-        return _answer(self._ask, lib.DIRECT_OPEN, self._index) == lib.DIRECT_YES
+        return bool(_answer(self._ask, lib.DIRECT_OPEN, self._index) == lib.DIRECT_YES)
 
     def is_flushed(self) -> bool:
         """Look whether the receiver has read all that was handed over.
@@ -212,13 +201,14 @@ class Direct:
         *,
         sessions: int,
         workers: int,
-        cgroups: tuple[Path, ...],
+        cgroup: Path,
         bound_bytes: int,
         processes: int = 1,
     ) -> Direct:
-        """Load the object, with room for `sessions`, and attach it to the `cgroups`.
+        """Load the object, with room for `sessions`, and attach it to `cgroup`.
 
-        At most `bound_bytes` of a direction lie unread in its receiver's queue.
+        That is where the applications are; it is attached to this process's own
+        cgroup, too, if that is not below. At most `bound_bytes` of a direction lie unread in its receiver's queue.
         All `workers` of all `processes`: those are forked afterwards, and each
         calls `narrow`. Raises `VerifierError` or `DatapathError`, and leaves
         nothing behind then.
@@ -238,11 +228,15 @@ class Direct:
             direct = cls(
                 bpf_object, resources, sessions=sessions, workers=workers, processes=processes
             )
+            main = struct.pack("=I", bpf_object.program_fd("sock_direct_send"))
+            bpf_object.map("direct_programs").put(struct.pack("=I", 0), main)
             bpf_object.attach_sender("sock_direct", bpf_object.map("direct_senders"))
             bpf_object.attach("sock_direct_read", "the tracepoint sock_recv_length")
             # Last: a socket that it captures finds everything else in place.
-            for cgroup in cgroups:
-                bpf_object.attach_cgroup("sock_capture", cgroup)
+            bpf_object.attach_cgroup("sock_capture", cgroup)
+            own = features.own_cgroup2()
+            if not own.resolve().is_relative_to(cgroup.resolve()):
+                bpf_object.attach_cgroup("sock_capture", own)
             direct._resources = resources.pop_all()
             return direct
 
@@ -266,14 +260,13 @@ class Direct:
     def listen(self, sock: socket.socket) -> None:
         """Capture the clients of `sock`, which is bound and not yet listening."""
         self.dial(sock)
-        host, port = sock.getsockname()[:2]
+        host = sock.getsockname()[0]
         address = socket.inet_pton(sock.family, host.partition("%")[0])
         if not any(address):
             address = _ANYWHERE
         elif sock.family == socket.AF_INET:
             address = _MAPPED + address
-        netns = sock.getsockopt(socket.SOL_SOCKET, _SO_NETNS_COOKIE, 8)
-        self._listeners.put(_LISTENER.pack(int.from_bytes(netns, "little"), port, 0), address)
+        self._listeners.put(_listener(sock), address)
 
     def dial(self, sock: socket.socket) -> None:
         """Capture who accepts `sock`, which is about to connect."""
@@ -286,11 +279,13 @@ class Direct:
 
     def watch(
         self, client: socket.socket, backend: socket.socket, worker: int
-    ) -> DirectPair | Watch:
+    ) -> tuple[DirectPair | None, bool]:
         """Find the applications' sockets at the other ends of our two.
 
-        Returns the session's directions, or why there are none. Raises
-        DatapathError when the kernel refuses to be asked.
+        Returns the session's directions, if both are known, and whether they
+        may come to be: the backend's kernel may not have seen the end of the
+        handshake yet. Raises DatapathError when there is no room, or the kernel
+        refuses to be asked.
         """
         cookies = lib.sgw_cookie(client.fileno()), lib.sgw_cookie(backend.fileno())
         try:
@@ -310,9 +305,9 @@ class Direct:
             self._free.appendleft(index)
             raise
         if answer == lib.DIRECT_YES:
-            return pair
+            return pair, True
         self._free.appendleft(index)
-        return Watch(answer)
+        return None, answer == lib.DIRECT_NOT_YET
 
     def forget(self, pair: DirectPair) -> None:
         """Leave a session's applications to themselves; our sockets are closed."""
@@ -350,8 +345,8 @@ class Direct:
         """
         with ExitStack() as stack:
             client, near, far, backend = stack.enter_context(_Session(self)).sockets
-            pair = self.watch(near, far, next(iter(self._rings)))
-            if not isinstance(pair, DirectPair):
+            pair, _ = self.watch(near, far, next(iter(self._rings)))
+            if pair is None:
                 raise OSError(errno.EIO, "the sockets of two connections were not captured")
             stack.callback(self.forget, pair)
             for source, inner, outer, target in (
@@ -369,7 +364,7 @@ class Direct:
                 if slot.bytes != PROOF_BYTES:
                     raise OSError(errno.EIO, "bytes that could be handed over were not")
                 meminfo = target.getsockopt(socket.SOL_SOCKET, _SO_MEMINFO, 4)
-                charged = int.from_bytes(meminfo, "little")
+                charged = int.from_bytes(meminfo, sys.byteorder)
                 if len(target.recv(2 * PROOF_BYTES)) != PROOF_BYTES:
                     raise OSError(errno.EIO, "bytes were handed over and did not arrive")
                 if charged < PROOF_BYTES:
@@ -403,6 +398,7 @@ class _Session:
                     socket.create_connection(listener.getsockname(), timeout=_PROOF_S)
                 )
                 near = stack.enter_context(listener.accept()[0])
+                direct._listeners.delete(_listener(listener))  # noqa: SLF001 - of this module
             far = stack.enter_context(socket.socket())
             direct.dial(far)
             far.connect(server.getsockname())
@@ -428,6 +424,12 @@ def _exchange(
     source.sendall(b"x")
     outer.sendall(inner.recv(1))
     target.recv(1)
+
+
+def _listener(sock: socket.socket) -> bytes:
+    """Return the key of `sock` in direct_listeners."""
+    netns = sock.getsockopt(socket.SOL_SOCKET, _SO_NETNS_COOKIE, 8)
+    return _LISTENER.pack(int.from_bytes(netns, sys.byteorder), sock.getsockname()[1], 0)
 
 
 def _answer(

@@ -18,6 +18,7 @@ from sockgw.splice import LINGER_S
 if TYPE_CHECKING:
     from collections.abc import Callable
 
+    from sockgw.direct import DirectSlot
     from sockgw.metrics import Tally
     from sockgw.relay import Relay
     from sockgw.session import Way
@@ -65,6 +66,7 @@ class Direction:
         "_is_looking_back",
         "_is_widening",
         "_looks",
+        "direct",
         "has_seen_fin",
         "relay",
         "spills",
@@ -78,6 +80,8 @@ class Direction:
         self.way = way
         self.relay = relay
         self.splice: Splice | None = None
+        self.direct: DirectSlot | None = None
+        """What is handed over past this; set by the session."""
         self.state = State.ENDED if is_ended else State.WAITING
         self.spills = 0
         self._host = host
@@ -115,12 +119,15 @@ class Direction:
         moved = self.relay.taken + self.relay.written
         if self.splice is not None:
             moved += self.splice.slot.redirected + self.splice.slot.passed
+        if self.direct is not None:
+            moved += self.direct.bytes
         return moved
 
     def bytes_by_path(self) -> dict[Path, int]:
         """Return the bytes that have left for the target, by the way they went."""
         spliced = self.splice.slot.redirected if self.splice is not None else 0
-        return {Path.SPLICE: spliced, Path.RELAY: self.relay.written}
+        direct = self.direct.bytes if self.direct is not None else 0
+        return {Path.DIRECT: direct, Path.SPLICE: spliced, Path.RELAY: self.relay.written}
 
     def connected(self, splice: Splice | None) -> None:
         """Begin: there is a target, and `splice` if the source is in the map."""
@@ -156,6 +163,11 @@ class Direction:
         """Go on copying: the source has bytes, or the target has room."""
         if self.state is State.COPYING:
             self._copy()
+
+    @property
+    def is_flushing(self) -> bool:
+        """Whether bytes or a FIN wait for what went before them another way."""
+        return self.state in {State.SPILLING, State.ENDING}
 
     def look(self) -> None:
         """Go on with whatever this direction is waiting for."""
@@ -196,6 +208,11 @@ class Direction:
     def _check_flush(self) -> None:
         """Feed what the gate of SPILLING or ENDING says, or look again later."""
         splice = self.splice
+        if self.direct is not None:
+            self._looks += 1
+            if not self.direct.is_flushed():
+                self._look_again()
+                return
         if splice is not None:
             self._looks += 1
             if self.state is State.ENDING:
@@ -265,7 +282,10 @@ class Direction:
         splice = self.splice
         if not self.relay.can_run:
             return True
-        written, error = self.relay.run(*splice.guard) if splice is not None else self.relay.run()
+        written, error = self.relay.run(
+            splice.guard if splice is not None else None,
+            self.direct.guard if self.direct is not None else None,
+        )
         if written:
             self._host.tally.bytes[self.way.value, "relay"] += written
             self._copied_at_s = time.monotonic()
@@ -276,6 +296,12 @@ class Direction:
 
     def _may_send(self) -> bool:
         """Look whether what was just received comes next; else see to it."""
+        if self.direct is not None and self.direct.is_overtaken:
+            self._copied_at_s = time.monotonic()
+            self.spills += 1
+            self._host.tally.spills[self.way.value] += 1
+            self._feed(Event.OVERTAKEN)
+            return False
         splice = self.splice
         if splice is None:
             return True

@@ -30,6 +30,7 @@ from sockgw.workers import Count, Workers
 if TYPE_CHECKING:
     from sockgw.config import Config
     from sockgw.datapath import Datapath
+    from sockgw.direct import Direct
     from sockgw.wire import Wire
 
 _log = logging.getLogger("sockgw")
@@ -55,6 +56,7 @@ class Gateway:
         self._listener: Listener | None = None
         self._datapath: Datapath | None = None
         self._wire: Wire | None = None
+        self._direct: Direct | None = None
         self._metrics: MetricsServer | None = None
         self._workers: Workers | Supervisor | None = None
         self._processes = config.processes
@@ -127,6 +129,10 @@ class Gateway:
             self.path = Path.WIRE
         else:
             bound(listener.socket)
+        self._direct = self._load_direct()
+        if self._direct is not None:
+            self.path = Path.DIRECT
+            self._direct.listen(listener.socket)
         listener.listen()
         if config.metrics is not None:
             self._metrics = bind(config.metrics, self.snapshot, self._pids)
@@ -137,6 +143,7 @@ class Gateway:
                 backends=backends,
                 datapath=self._datapath,
                 wire=self._wire,
+                direct=self._direct,
                 shares=shares(self._max_sessions, self._processes, config.threads),
                 forget=[self._metrics.forget] if self._metrics is not None else [],
             )
@@ -147,6 +154,7 @@ class Gateway:
                 backends=backends,
                 datapath=self._datapath,
                 wire=self._wire,
+                direct=self._direct,
             )
         self._workers.start()
         # Their threads come after the forks: what they hold no child can miss.
@@ -212,6 +220,12 @@ class Gateway:
             tally.segments_fallback = totals.passed_segments
             tally.bytes[Way.TO_BACKEND.value, Path.SPLICE.value] = totals.to_backend_bytes
             tally.bytes[Way.TO_CLIENT.value, Path.SPLICE.value] = totals.to_client_bytes
+        if self._direct is not None:
+            handed_over, moved, left = self._direct.totals()
+            tally.segments_success += moved
+            tally.segments_fallback += left
+            for way, count_bytes in zip(WAYS, handed_over, strict=True):
+                tally.bytes[way.value, Path.DIRECT.value] = count_bytes
         if self._wire is not None:
             for way, translated in zip(WAYS, self._wire.bytes(), strict=True):
                 tally.bytes[way.value, Path.WIRE.value] = translated
@@ -235,11 +249,7 @@ class Gateway:
         accel = self._config.accel
         if accel is Accel.OFF:
             return None
-        if accel is Accel.DIRECT:
-            raise UnsupportedKernelError(
-                f"--accel {accel.value}", "not built in this version; use auto, wire, splice or off"
-            )
-        is_demanded = accel in {Accel.SPLICE, Accel.WIRE}
+        is_demanded = accel in {Accel.DIRECT, Accel.SPLICE, Accel.WIRE}
         found = features.all(self._config.cgroup)
         obstacle = features.first_obstacle(Path.SPLICE.value, found)
         if obstacle is not None:
@@ -269,6 +279,31 @@ class Gateway:
         elif datapath.cgroup_error is not None:
             self._warn("attach_failed", f"no statistics of connections: {datapath.cgroup_error}")
         return datapath
+
+    def _load_direct(self) -> Direct | None:
+        """Load the direct path, if it was asked for by name; others go by splice."""
+        config = self._config
+        if config.accel is not Accel.DIRECT:
+            return None
+        obstacle = features.first_obstacle(Path.DIRECT.value, features.all(config.cgroup))
+        if obstacle is not None:
+            raise UnsupportedKernelError("--accel direct", str(obstacle))
+        # Imported late: without the binding there is no such module.
+        from sockgw.direct import Direct  # noqa: PLC0415
+
+        direct = Direct.load(
+            sessions=self._max_sessions,
+            workers=config.threads * self._processes,
+            processes=self._processes,
+            cgroup=features.find_cgroup2(config.cgroup),
+            bound_bytes=config.direct_bound_bytes,
+        )
+        try:
+            direct.prove()
+        except BaseException:
+            direct.close()
+            raise
+        return direct
 
     def _load_wire(self) -> Wire | None:
         """Load the wire path; None when this host, or the user, wants splice or the relay."""
@@ -340,6 +375,9 @@ class Gateway:
         with self._reading:
             datapath, self._datapath = self._datapath, None
             wire, self._wire = self._wire, None
+            direct, self._direct = self._direct, None
+        if direct is not None:
+            direct.close()
         if wire is not None:
             wire.close()
         if datapath is not None:

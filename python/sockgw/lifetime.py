@@ -16,6 +16,7 @@ import socket
 import struct
 import termios
 import time
+from functools import partial
 from typing import TYPE_CHECKING, Final, NamedTuple
 
 from sockgw.backend import Dial
@@ -30,6 +31,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable
 
     from sockgw.datapath import Connection, Pair
+    from sockgw.direct import DirectPair, DirectSlot
     from sockgw.worker import Worker
 
 _log = logging.getLogger("sockgw")
@@ -42,8 +44,12 @@ _GRACE_S: Final = 0.05
 _LATE_S: Final = 0.1
 """A session that was streaming is paired when it is silent for so long."""
 _SETTLE_S: Final = 0.001
+_FINISH: Final = struct.pack("ii", 0, 0)
 _ABORT: Final = struct.pack("ii", 1, 0)  # struct linger: on, 0 s: close() resets
-_NONE: Final = {Path.SPLICE: 0, Path.RELAY: 0}
+_NONE: Final = {Path.DIRECT: 0, Path.SPLICE: 0, Path.RELAY: 0}
+_WATCH_PAUSES_S: Final = (0.001, 0.01, 0.1, 1.0)
+"""How long to wait for the backend's kernel to see the end of the handshake: it takes
+microseconds, or, with TCP_DEFER_ACCEPT, the client's first bytes."""
 _REFUSALS: Final = {
     errno.EOPNOTSUPP: "not_established",
     errno.EBUSY: "busy",
@@ -69,6 +75,8 @@ class Line(NamedTuple):
     backend_connection: Connection | None
     wire_bytes: tuple[int, int] = (0, 0)
     """Bytes by wire, to the backend and to the client."""
+    direct_bytes: tuple[int, int] = (0, 0)
+    """And so by direct."""
 
 
 class Session:
@@ -90,6 +98,7 @@ class Session:
         "_worker",
         "client",
         "client_name",
+        "direct",
         "is_closed",
         "pair",
         "tally",
@@ -101,6 +110,7 @@ class Session:
         self.client_name = released.client_name
         self.tally = worker.counting
         self.pair: Pair | None = None
+        self.direct: DirectPair | None = None
         self.is_closed = False
         self._worker = worker
         self._dial = Dial(worker.backends.order(released.turn))
@@ -118,6 +128,8 @@ class Session:
     @property
     def path(self) -> Path:
         """The best path that this session is on."""
+        if self.direct is not None and not self.direct.is_refused:
+            return Path.DIRECT
         is_spliced = self.pair is not None and self.pair.refused is None
         return Path.SPLICE if is_spliced else Path.RELAY
 
@@ -168,6 +180,9 @@ class Session:
             to_backend, to_client = self._directions
             sourced, targeted = (to_backend, to_client) if is_client else (to_client, to_backend)
             if mask & select.EPOLLRDHUP:
+                if targeted.direct is not None and targeted.direct.was_cut:
+                    self._fail(End.CLIENT_RESET if is_client else End.BACKEND_RESET)
+                    return
                 sourced.saw_fin()
             if mask & select.EPOLLIN:
                 sourced.saw_room()
@@ -180,6 +195,20 @@ class Session:
         if self._directions is not None and self._end is None:
             self._directions[0 if is_to_backend else 1].saw_spill()
             self.rewatch()
+
+    def on_direct(self) -> None:
+        """Have a look: a receiver has read, for the first time or everything."""
+        if self.direct is None or self._directions is None or self._end is not None:
+            return
+        for direction in self._directions:
+            slot = direction.direct
+            if slot is not None:
+                if slot.is_told:
+                    slot.open()
+                self._count_refusal(slot)
+            if direction.is_flushing:
+                direction.look()
+        self.rewatch()
 
     def on_dial_timeout(self) -> None:
         """Give up on the backend that has not answered, and dial the next."""
@@ -236,6 +265,10 @@ class Session:
 
     def release(self) -> None:
         """Let go of the sockets; from here on nobody comes back to this session."""
+        if self.direct is not None and self._end is End.EOF:
+            for sock in (self.client, self.backend):
+                if sock is not None:
+                    sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, _FINISH)
         for sock in (self.client, self.backend):
             if sock is not None:
                 sock.close()
@@ -358,7 +391,8 @@ class Session:
         splices: dict[Way, Splice] = {}
         if released is None or (released.reason is Reason.HANDOVER and not released.held):
             is_answer = released is not None and released.way is Way.TO_CLIENT
-            splices = self._pair(to_backend, to_client, is_client_first=is_answer)
+            if not self._watch():
+                splices = self._pair(to_backend, to_client, is_client_first=is_answer)
         if released is None or not released.is_counted:
             self.tally.sessions_total[self.path.value] += 1
         if released is not None and released.held:
@@ -371,23 +405,77 @@ class Session:
             self.lost(released.way, OSError(released.error, os.strerror(released.error)))
         elif released is not None and released.reason is Reason.NO_MEMORY:
             self.close(End.ERROR)
-        elif self.pair is None and (self._worker.has_wire or self._worker.datapath is not None):
+        elif (
+            self.pair is None
+            and self.direct is None
+            and (self._worker.has_wire or self._worker.datapath is not None)
+        ):
             self.later(_LATE_S, self._speed_up_late)
         self.rewatch()
+
+    def _watch(self, tries: int = 0) -> bool:
+        """Have the kernel hand over what the applications send, if both are on this host.
+
+        Returns whether it does, or may come to.
+        """
+        direct, backend = self._worker.direct, self.backend
+        if direct is None or backend is None or _has_hangup(self.client, backend):
+            return False
+        try:
+            found, may_come = direct.watch(self.client, backend, self._worker.index)
+        except DatapathError as error:
+            self._refused(error)
+            return False
+        if found is None:
+            if may_come and tries < len(_WATCH_PAUSES_S):
+                self.later(_WATCH_PAUSES_S[tries], partial(self._watch_again, tries + 1))
+                return True
+            self.tally.fallbacks["not_captured"] += 1
+            return False
+        self.direct = found
+        self._worker.watched[found.index] = self
+        for sock in (self.client, backend):
+            # Whatever ends this process, an application that has not read all that
+            # was handed to it must not take that for the end.
+            sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, _ABORT)
+        for direction, slot in zip(
+            self._directions or (), (found.to_backend, found.to_client), strict=False
+        ):
+            direction.direct = slot
+        return True
+
+    def _watch_again(self, tries: int) -> None:
+        if self._directions is None or self._end is not None:
+            return
+        if not self._watch(tries):
+            self._speed_up_late()
+
+    def _count_refusal(self, slot: DirectSlot) -> None:
+        reason = slot.refusal()
+        if reason is None:
+            return
+        self.tally.fallbacks[reason] += 1
+        if self.direct is not None and self.direct.is_refused:
+            self.later(_LATE_S, self._speed_up_late)
 
     def _speed_up_late(self) -> None:
         """Take a session that was streaming or stalled to a faster path, once it is silent."""
         if self._directions is None or self._end is not None or self.pair is not None:
             return
+        if self.direct is not None and not self.direct.is_refused:
+            return
         to_backend, to_client = self._directions
         if to_backend.has_seen_fin or to_client.has_seen_fin:
             return
         moved = to_backend.moved + to_client.moved
-        if moved != self._late_moved or not (to_backend.is_copying and to_client.is_copying):
+        is_busy = not (to_backend.is_copying and to_client.is_copying)
+        if moved != self._late_moved or is_busy or not self._has_read_all():
             self._late_moved = moved
             self.later(_LATE_S, self._speed_up_late)
             return
         if self._give_back(to_backend.relay.target):
+            return
+        if self.direct is None and self._watch():
             return
         splices = self._pair(to_backend, to_client)
         for direction in (to_client, to_backend):
@@ -417,6 +505,11 @@ class Session:
         if self.is_closed:
             self._directions = None
         return self.is_closed
+
+    def _has_read_all(self) -> bool:
+        """Tell whether what was handed over both ways has been read."""
+        slots = (direction.direct for direction in self._directions or ())
+        return all(slot.is_flushed() for slot in slots if slot is not None)
 
     def _pair(
         self, to_backend: Direction, to_client: Direction, *, is_client_first: bool = False
@@ -491,6 +584,7 @@ class Session:
             path=self.path.value,
             end=end.value,
             moved=(up[Path.SPLICE], up[Path.RELAY], down[Path.SPLICE], down[Path.RELAY]),
+            direct_bytes=(up[Path.DIRECT], down[Path.DIRECT]),
             spills=sum(direction.spills for direction in directions),
             client_connection=worker.connection(self.client),
             backend_connection=worker.connection(self.backend),
@@ -506,6 +600,14 @@ def _mask(sourced: Direction, targeted: Direction) -> int:
     if targeted.wants_write:
         mask |= select.EPOLLOUT
     return mask
+
+
+def _has_hangup(*socks: socket.socket) -> bool:
+    """Tell whether the peer of one has sent its FIN, or is gone."""
+    poller = select.poll()
+    for sock in socks:
+        poller.register(sock, select.POLLRDHUP)
+    return bool(poller.poll(0))
 
 
 def _unacknowledged(sock: socket.socket) -> int:

@@ -30,6 +30,7 @@ if TYPE_CHECKING:
     from sockgw._bpf.loop import Run
     from sockgw.backend import Backends
     from sockgw.datapath import Connection, Datapath
+    from sockgw.direct import Direct
     from sockgw.wire import Wire
 
 WAYS: Final = (Way.TO_BACKEND, Way.TO_CLIENT)
@@ -229,6 +230,7 @@ def open_loop(
     backends: Backends,
     datapath: Datapath | None,
     wire: Wire | None = None,
+    direct: Direct | None = None,
     *,
     worker: int = 0,
     sessions: int,
@@ -249,6 +251,7 @@ def open_loop(
         backends,
         datapath,
         wire,
+        direct,
         worker=worker,
         sessions=sessions,
         connect_timeout_s=connect_timeout_s,

@@ -49,7 +49,7 @@ if TYPE_CHECKING:
 
 # The label values that exist before anything happened: a rate over a series
 # that only appears with its first event misses that event.
-PATHS = ("wire", "splice", "relay")
+PATHS = ("direct", "wire", "splice", "relay")
 DIRECTIONS = ("to_backend", "to_client")
 ENDS = (
     "eof",
@@ -66,6 +66,7 @@ FALLBACK_REASONS = (
     "no_binding",
     "kernel_too_old",
     "no_btf",
+    "no_recv_tracepoint",
     "missing_capability",
     "no_raw_sockets",
     "no_cgroup2",
@@ -75,6 +76,11 @@ FALLBACK_REASONS = (
     "busy",
     "invalid_socket",
     "no_room",
+    "not_captured",
+    "waits_for_all",
+    "peek_offset",
+    "zerocopy",
+    "socket_taken",
     "no_wire_room",
     "no_moment",
     "timestamps",
@@ -336,7 +342,7 @@ class _GatewayCollector(Collector):
         yield _family(
             CounterMetricFamily,
             "gateway_ebpf_redirects",
-            "Segments that the verdict redirected (success) or passed to userspace (fallback).",
+            "Segments that a program moved (success) or left to userspace or TCP (fallback).",
             ("status",),
             {("success",): tally.segments_success, ("fallback",): tally.segments_fallback},
         )
@@ -388,14 +394,14 @@ class _GatewayCollector(Collector):
         yield _family(
             CounterMetricFamily,
             "gateway_spills",
-            "Times that a direction left splice for the relay.",
+            "Times that a direction left splice or direct for the relay.",
             ("direction",),
             tally.spills,
         )
         bounds = ["+Inf" if math.isinf(bound) else str(bound) for bound in FLUSH_BUCKETS_S]
         yield HistogramMetricFamily(
             "gateway_flush_seconds",
-            "Time until the target's TCP had taken every byte redirected to it.",
+            "Time until the target's TCP, or its application, had taken what went before.",
             buckets=list(zip(bounds, accumulate(tally.flush_buckets), strict=True)),
             sum_value=tally.flush_sum_s,
         )

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
 if TYPE_CHECKING:
-    from sockgw._bpf.loop import Run
+    from sockgw._bpf.loop import Guard, Run
 
 BUFFER_BYTES: Final = 512 * 1024
 RECEIVE_BYTES: Final = 2 << 20
@@ -149,15 +149,15 @@ class Relay:
         """Whether there is a binding to `run`."""
         return self._buffers.run is not None
 
-    def run(self, words: Any = None, redirected: int = 0) -> tuple[int, int]:  # noqa: ANN401
+    def run(self, splice: Guard | None = None, direct: Guard | None = None) -> tuple[int, int]:
         """Copy for as long as there is nothing to decide; nothing may be held.
 
-        `words` are the verdict's of a paired direction, `redirected` what they
-        say since the last flush. Returns the bytes sent, which are counted in
-        the words, too, and the errno of a source that failed, or 0.
+        The words of a paired direction, and what they say since the last flush.
+        Returns the bytes sent, which are counted in `splice`'s words, too, and
+        the errno of a source that failed, or 0.
         """
         assert self._buffers.run is not None  # noqa: S101 - can_run
-        taken, written, held, error = self._buffers.run(self.source, self.target, words, redirected)
+        taken, written, held, error = self._buffers.run(self.source, self.target, splice, direct)
         self.taken += taken - len(held)
         self.written += written
         if held:

@@ -40,6 +40,7 @@ if TYPE_CHECKING:
     from sockgw.backend import Backends
     from sockgw.config import Config
     from sockgw.datapath import Datapath
+    from sockgw.direct import Direct
     from sockgw.listener import Listener
     from sockgw.wire import Wire
 
@@ -134,6 +135,7 @@ class Supervisor:
         backends: Backends,
         datapath: Datapath | None,
         wire: Wire | None = None,
+        direct: Direct | None = None,
         shares: Iterable[Share],
         forget: Iterable[Callable[[], None]],
     ) -> None:
@@ -147,6 +149,7 @@ class Supervisor:
         self._backends = backends
         self._datapath = datapath
         self._wire = wire
+        self._direct = direct
         self._shares = list(shares)
         self._forget = list(forget)
         self._prctl = _prctl()
@@ -335,6 +338,8 @@ class Supervisor:
             self._datapath.reclaim(share.workers)
         if self._wire is not None:
             self._wire.reclaim(share.index, share.sessions)
+        if self._direct is not None:
+            self._direct.reclaim(share.sessions, share.workers)
 
     def _replace(self) -> None:
         with self._lock:
@@ -410,6 +415,8 @@ class Supervisor:
             self._datapath.narrow(share.sessions, share.workers)
         if self._wire is not None:
             self._wire.narrow(share.index, share.sessions, share.workers)
+        if self._direct is not None:
+            self._direct.narrow(share.sessions, share.workers)
         others = [bell for index, bell in enumerate(self._bells) if index != share.index]
         self._listener.share(len(share.sessions), partial(_ring, others))
         workers = Workers(
@@ -418,6 +425,7 @@ class Supervisor:
             backends=self._backends,
             datapath=self._datapath,
             wire=self._wire,
+            direct=self._direct,
             first=share.workers.start,
         )
         workers.start()

@@ -35,6 +35,7 @@ if TYPE_CHECKING:
 
     from sockgw.backend import Backends
     from sockgw.datapath import Connection, Datapath
+    from sockgw.direct import Direct
     from sockgw.errors import DatapathError
     from sockgw.listener import Listener
     from sockgw.loop import Released
@@ -80,6 +81,7 @@ class Worker:
         backends: Backends,
         datapath: Datapath | None,
         wire: Wire | None = None,
+        direct: Direct | None = None,
         connect_timeout_s: float,
         idle_timeout_s: float,
         warned_reasons: set[str],
@@ -95,6 +97,8 @@ class Worker:
         self.buffers = Buffers(open_run())
         self.sessions: set[Session] = set()
         self.paired: dict[int, Session] = {}
+        self.direct = direct
+        self.watched: dict[int, Session] = {}
         # In the order of their deadlines: each new one is the latest.
         self.dialling: dict[Session, float] = {}
         self.access_log = AccessLog()
@@ -102,6 +106,7 @@ class Worker:
             backends,
             datapath,
             wire,
+            direct,
             worker=index,
             sessions=max(listener.limit, len(wire.left_behind) if wire is not None else 0),
             connect_timeout_s=connect_timeout_s,
@@ -229,6 +234,8 @@ class Worker:
             bound(sock)
         if self.datapath is not None and self.datapath.follows:
             self.datapath.follow(sock)
+        if self.direct is not None:
+            self.direct.dial(sock)
 
     def give_back(self, session: Session, released: Released) -> bool:
         """Have the loop go on with `session`; False if it is reset."""
@@ -271,9 +278,11 @@ class Worker:
             "seconds": round(line.age_s, 6),
             "path": line.path,
             "end": line.end,
+            "to_backend_direct_bytes": line.direct_bytes[0],
             "to_backend_wire_bytes": line.wire_bytes[0],
             "to_backend_splice_bytes": line.moved[0],
             "to_backend_relay_bytes": line.moved[1],
+            "to_client_direct_bytes": line.direct_bytes[1],
             "to_client_wire_bytes": line.wire_bytes[1],
             "to_client_splice_bytes": line.moved[2],
             "to_client_relay_bytes": line.moved[3],
@@ -317,6 +326,10 @@ class Worker:
             spill_fd = self.datapath.spill_fd(self.index)
             self._owners[spill_fd] = self._on_spill
             self.loop.register(spill_fd, select.EPOLLIN)
+        if self.direct is not None:
+            ring_fd = self.direct.ring_fd(self.index)
+            self._owners[ring_fd] = self._on_direct
+            self.loop.register(ring_fd, select.EPOLLIN)
         self._owners[self.listener.socket.fileno()] = self._on_connection
         if self._wire is not None:
             self._adopt(self._wire)
@@ -381,6 +394,9 @@ class Worker:
             if session.pair is not None and self.datapath is not None:
                 del self.paired[self.datapath.key(session.pair)]
                 self.datapath.unpair(session.pair)
+            if session.direct is not None and self.direct is not None:
+                del self.watched[session.direct.index]
+                self.direct.forget(session.direct)
             self.sessions.discard(session)
         if self._buried:
             self.listener.leave(len(self._buried))
@@ -444,6 +460,14 @@ class Worker:
             session = self.paired.get(key)
             if session is not None:
                 self._guarded(session, partial(session.on_spill, is_to_backend=is_to_backend))
+
+    def _on_direct(self) -> None:
+        if self.direct is None:
+            return
+        for index in self.direct.events(self.index):
+            session = self.watched.get(index)
+            if session is not None:
+                self._guarded(session, session.on_direct)
 
     def _on_connection(self) -> None:
         if self._has_faster:

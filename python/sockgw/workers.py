@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from sockgw.backend import Backends
     from sockgw.config import Config
     from sockgw.datapath import Datapath
+    from sockgw.direct import Direct
     from sockgw.listener import Listener
     from sockgw.wire import Wire
 
@@ -68,6 +69,7 @@ class Workers:
         backends: Backends,
         datapath: Datapath | None,
         wire: Wire | None = None,
+        direct: Direct | None = None,
         first: int = 0,
     ) -> None:
         """Prepare `config.threads` workers, numbered from `first`; `start` runs them."""
@@ -87,6 +89,7 @@ class Workers:
                 backends=backends,
                 datapath=datapath,
                 wire=wire,
+                direct=direct,
                 connect_timeout_s=config.connect_timeout_s,
                 idle_timeout_s=config.idle_timeout_s,
                 warned_reasons=warned_reasons,

@@ -18,7 +18,7 @@ import pytest
 
 from . import kernel
 from .gateways import SOCKGW, clean_environment, run_sockgw
-from .paths import PATHS, UNBUILT_PATHS
+from .paths import PATHS
 from .peers import Backend, split_address
 from .waits import eventually
 
@@ -155,12 +155,6 @@ def test_cgroup_path_that_is_not_cgroup2(
     assert "cgroup2" in line or "No such" in line
 
 
-@pytest.mark.parametrize("accel", UNBUILT_PATHS)
-def test_path_that_is_not_built(accel: str) -> None:
-    """A path asked for by name that this version has not built refuses to start."""
-    _assert_one_line(_run({"--accel": accel}), UNSUPPORTED, accel)
-
-
 @pytest.fixture(params=sorted({path.accel for path in PATHS}))
 def accel(request: pytest.FixtureRequest) -> str:
     """Give each value of --accel that works."""
@@ -238,7 +232,7 @@ def test_help_names_every_option() -> None:
     for name in names:
         assert re.search(rf"--{name}\b", done.stdout), name
         assert "SOCKGW_" + name.upper().replace("-", "_") in re.sub(r"\s+", "", done.stdout), name
-    for path in (*(path.accel for path in PATHS), *UNBUILT_PATHS, "auto"):
+    for path in (*(path.accel for path in PATHS), "auto"):
         assert path in done.stdout
 
 

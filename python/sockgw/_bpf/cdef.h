@@ -33,6 +33,7 @@ uint32_t bpf_map__value_size(const struct bpf_map *map);
 int bpf_map_update_elem(int fd, const void *key, const void *value, __u64 flags);
 int bpf_map_lookup_elem(int fd, const void *key, void *value);
 struct bpf_map_batch_opts;
+int bpf_map_delete_elem(int fd, const void *key);
 int bpf_map_update_batch(int fd, const void *keys, const void *values, uint32_t *count,
 			 const struct bpf_map_batch_opts *opts);
 int bpf_map_get_next_key(int fd, const void *key, void *next_key);

@@ -98,6 +98,10 @@ _LACKS: Final = {
         "netfilter",
         "packets of a session on wire do not pass INPUT, OUTPUT or NAT",
     ),
+    "recv_tracepoint": _Lack(
+        "no_recv_tracepoint",
+        "boot a kernel that is >= 6.3: it tells when an application has read",
+    ),
     "cgroup2": _Lack(
         "no_cgroup2",
         "mkdir -p /sys/fs/cgroup/unified && mount -t cgroup2 none /sys/fs/cgroup/unified",
@@ -108,6 +112,7 @@ _LACKS: Final = {
 # lines lack the round-trip times. Without TCX wire has filters.
 _NEEDS: Final[dict[str, tuple[str, ...]]] = {
     "wire": ("binding", "kernel", "btf", "capabilities", "raw_sockets"),
+    "direct": ("binding", "kernel", "btf", "recv_tracepoint", "capabilities", "cgroup2"),
     "splice": ("binding", "kernel", "btf", "capabilities"),
     "relay": (),
 }
@@ -125,7 +130,7 @@ def all(cgroup: Path | None = None) -> tuple[Feature, ...]:  # noqa: A001 -- rea
     Raises ConfigError when a `cgroup` is given and is not one.
     """
     return (
-        *(binding(), kernel(), btf(), tcx()),
+        *(binding(), kernel(), btf(), tcx(), recv_tracepoint()),
         *(capabilities(), raw_sockets(), cgroup2(cgroup)),
     )
 
@@ -162,6 +167,7 @@ def binding() -> Feature:
 _FIXED_IN: Final = {(6, 1): 142, (6, 6): 94, (6, 12): 34, (6, 15): 3}
 _FIXED_SINCE: Final = (6, 16)
 _TCX_FUNCTION: Final = b"\0tcx_link_attach\0"  # among the strings of BTF
+_RECV_TRACEPOINT: Final = b"\0btf_trace_sock_recv_length\0"
 
 
 def kernel(release: str | None = None) -> Feature:
@@ -222,6 +228,17 @@ def btf() -> Feature:
     if magic not in (_BTF_MAGIC, _BTF_MAGIC[::-1]):
         return _feature("btf", Verdict.UNSUPPORTED, f"{KERNEL_BTF} holds no BTF")
     return _feature("btf", Verdict.SUPPORTED, str(KERNEL_BTF))
+
+
+def recv_tracepoint(btf: Path = KERNEL_BTF) -> Feature:
+    """Probe for the tracepoint sock_recv_length, by its name in the kernel's BTF."""
+    try:
+        is_there = _RECV_TRACEPOINT in btf.read_bytes()
+    except OSError as error:
+        return _feature("recv_tracepoint", Verdict.INCONCLUSIVE, f"{btf}: {error.strerror}")
+    if not is_there:
+        return _feature("recv_tracepoint", Verdict.UNSUPPORTED, "no sock_recv_length in BTF")
+    return _feature("recv_tracepoint", Verdict.SUPPORTED, "the kernel tells when recv() returns")
 
 
 # --- rights
@@ -366,6 +383,20 @@ def find_cgroup2(path: Path | None = None) -> Path:
         if _is_at(device, point):
             return point
     raise UnsupportedKernelError("cgroup2", _LACKS["cgroup2"].remedy)
+
+
+def own_cgroup2() -> Path:
+    """Return the cgroup2 directory that this process is in.
+
+    Raises UnsupportedKernelError when none is mounted, or this process's is not
+    below the mount (a cgroup namespace shows another part of the tree).
+    """
+    mounted = find_cgroup2()
+    own = re.search("^0::/(.*)$", Path("/proc/self/cgroup").read_text("utf-8"), re.MULTILINE)
+    path = mounted / own[1] if own else mounted
+    if not path.is_dir():
+        raise UnsupportedKernelError("cgroup2", f"mount the part of the tree that has {path}")
+    return path
 
 
 def mounts(filesystem: str) -> tuple[tuple[str, Path], ...]:

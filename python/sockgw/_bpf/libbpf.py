@@ -88,6 +88,10 @@ class Map:
             raise
         return bytes(ffi.buffer(value))
 
+    def delete(self, key: bytes) -> None:
+        """Remove `key`, which is there."""
+        _check(lib.bpf_map_delete_elem(self.fd, key), "delete from", self.name)
+
     def keys(self) -> Iterator[bytes]:
         """Walk the keys; entries put or deleted meanwhile may be missed."""
         key, following = ffi.NULL, ffi.new("char[]", self._key_size)

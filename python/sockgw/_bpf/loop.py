@@ -6,7 +6,7 @@ from __future__ import annotations
 import os
 import socket
 import struct
-from typing import TYPE_CHECKING, Any, Final
+from typing import TYPE_CHECKING, Any, Final, TypeAlias
 
 from sockgw._bpf._binding import ffi, lib
 from sockgw.datapath import Connection
@@ -16,6 +16,7 @@ from sockgw.relay import RECEIVE_BYTES
 if TYPE_CHECKING:
     from sockgw.backend import Backends
     from sockgw.datapath import Datapath
+    from sockgw.direct import Direct
     from sockgw.wire import Wire
 
 _REASONS: Final = {
@@ -41,6 +42,9 @@ _FINISHES: Final = {
 _ENDED: Final = struct.Struct("=2I6Q Q8x2I Q8x2I 72s72s")
 assert _ENDED.size == ffi.sizeof("struct sgw_ended")  # noqa: S101 - cdef.h changed
 _NS: Final = 1_000_000_000
+Guard: TypeAlias = "tuple[Any, int]"
+"""Words of a direction that the kernel writes, and its count there at the last flush."""
+_NO_GUARD: Final[Guard] = (ffi.NULL, 0)
 
 
 class CompiledLoop:
@@ -51,6 +55,7 @@ class CompiledLoop:
         backends: Backends,
         datapath: Datapath | None,
         wire: Wire | None,
+        direct: Direct | None,
         *,
         worker: int,
         sessions: int,
@@ -70,6 +75,7 @@ class CompiledLoop:
                 "receive_option": receive_option,
                 "receive_bytes": RECEIVE_BYTES if receive_option else 0,
                 "stats_map": -1 if datapath is None else datapath.stats_fd,
+                "own_map": -1 if direct is None else direct.own_fd,
                 "is_logging": is_logging,
                 "turns": self._turns,
                 "wire": ffi.NULL if wire is None else wire.handle,
@@ -239,20 +245,20 @@ class Run:
         self,
         source: socket.socket,
         target: socket.socket,
-        words: Any,  # noqa: ANN401 - struct sock_slot *, or None
-        redirected: int,
+        splice: Guard | None,
+        direct: Guard | None,
     ) -> tuple[int, int, bytes, int]:
         """Copy; return the bytes taken and written, what is held, and the source's errno.
 
-        Something is held when the target has no room, or when the verdict's
-        `words` are no longer those of the last flush, with `redirected` in
-        them.
+        Something is held when the target has no room, or when the words of a
+        faster path (struct sock_slot *, struct direct_slot *) are no longer what
+        they were at the last flush.
         """
         run = self._run
         run.source = source.fileno()
         run.target = target.fileno()
-        run.slot = words or ffi.NULL
-        run.redirected = redirected
+        run.slot, run.redirected = splice or _NO_GUARD
+        run.direct, run.handed_over = direct or _NO_GUARD
         lib.sgw_run(run)
         held = ffi.unpack(self._buffer + run.held_from, run.held_to - run.held_from)
         return run.taken, run.written, held, run.error
