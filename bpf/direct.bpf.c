@@ -5,11 +5,11 @@
  * A session that has both ends on this host has four sockets: the client
  * application's, our two, the backend application's. sock_capture sees the
  * applications' sockets when they are established. Once the session has shown that
- * it lasts, sock_direct_send hands what one application sends to the other's receive
+ * it lasts, sock_direct hands what one application sends to the other's receive
  * queue (psock->ingress_msg), in the sender's own system call: no TCP, no gateway.
  *
  * A direction's bytes may go either way, message by message; that they stay in order
- * is argued above sock_direct_send. Every return of it says where the bytes go.
+ * is argued above sock_direct. Every return of it says where the bytes go.
  */
 #include "vmlinux.h"
 #include <bpf/bpf_core_read.h>
@@ -169,14 +169,6 @@ struct {
 	__type(key, __u32);
 	__array(values, struct direct_ring);
 } direct_rings SEC(".maps");
-
-/* sock_direct_send, alone. Userspace fills it. */
-struct {
-	__uint(type, BPF_MAP_TYPE_PROG_ARRAY);
-	__uint(max_entries, 1);
-	__type(key, __u32);
-	__type(value, __u32);
-} direct_programs SEC(".maps");
 
 /* The functions of a socket that is in direct_sockets, and of one that is in
  * direct_senders, too; by whether it is IPv6. A socket that has other ones is read
@@ -598,7 +590,7 @@ static __always_inline bool may_go_direct(struct app *app, struct direct_slot *s
  * FIN: as the bytes of the line above. RST: bytes unread may be lost, as always.
  */
 SEC("sk_msg")
-int sock_direct_send(struct sk_msg_md *message)
+int sock_direct(struct sk_msg_md *message)
 {
 	struct bpf_sock *sk = message->sk;
 	__u32 bytes = message->size;
@@ -637,19 +629,6 @@ int sock_direct_send(struct sk_msg_md *message)
 	slot->bytes += bytes;
 	slot->messages++;
 	slot->newer_messages++;
-	return SK_PASS;
-}
-
-/* What the applications' sockets hold. They must not hold sock_direct_send: that holds
- * direct_sockets, which holds the sockets, so that all of them would stay after the
- * gateway's death for as long as the applications keep them open. An array of programs
- * is emptied when the last process that has it open is gone.
- */
-SEC("sk_msg")
-int sock_direct(struct sk_msg_md *message)
-{
-	bpf_tail_call(message, &direct_programs, 0);
-	/* The gateway is gone: by TCP. */
 	return SK_PASS;
 }
 

@@ -30,7 +30,7 @@ enum direct_refusal {
  * only ever grows.
  */
 struct direct_slot {
-	/* Written by sock_direct_send, under the sender's lock. */
+	/* Written by sock_direct, under the sender's lock. */
 	__u64 bytes; /* handed to the receiver's queue */
 	__u64 messages;
 	__u64 passed_messages; /* left to TCP, of a direction that is paired */

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """`sockgw check`: what this host can do, path by path, and how to get more.
 
-The verdicts on wire and splice are proven: when the probes have passed, the real
+The verdicts on direct, wire and splice are proven: when the probes have passed, the real
 programs are loaded, a session goes that way with bytes in it, and nothing of it
 stays behind.
 """
@@ -26,8 +26,8 @@ from sockgw import __version__
 from sockgw._bpf import features
 from sockgw._bpf.features import Feature, Verdict
 from sockgw.backend import Backends
-from sockgw.config import Address
-from sockgw.errors import DatapathError
+from sockgw.config import DIRECT_BOUND_BYTES, Address
+from sockgw.errors import DatapathError, UnsupportedKernelError
 from sockgw.gateway import sessions_allowed
 from sockgw.loop import Handover, open_loop
 
@@ -113,11 +113,14 @@ def _verdict(path: str, probed: tuple[Feature, ...]) -> PathVerdict:
     has_cgroup = cgroup2.verdict is Verdict.SUPPORTED
     refused = ""
     try:
+        if path == "direct":
+            lack = prove_direct(Path(cgroup2.detail))
+            return PathVerdict(path, works=True, notes=(lack,) if lack else ())
         if path == "wire":
             prove_wire()
         else:
             refused = prove_splice(Path(cgroup2.detail) if has_cgroup else None)
-    except DatapathError as error:
+    except (DatapathError, UnsupportedKernelError) as error:
         return PathVerdict(path, works=False, notes=(str(error),))
     except OSError as error:
         return PathVerdict(path, works=False, notes=(f"{error.strerror or error}; {_DEFECT}",))
@@ -146,6 +149,22 @@ def prove_splice(cgroup: Path | None) -> str:
         if (counted.to_backend_bytes, counted.to_client_bytes) != (len(_PROOF), len(_PROOF)):
             raise OSError(errno.EIO, f"bytes came through that were not redirected: {counted}")
         return str(datapath.cgroup_error or "")
+
+
+def prove_direct(cgroup: Path) -> str:
+    """Have bytes handed from one application's socket to another's, both ways.
+
+    Returns what applications do without on it, "" if that is nothing. Raises
+    DatapathError when the kernel refuses a step, UnsupportedKernelError when it
+    bounds nothing, and OSError when the bytes do not come through.
+    """
+    from sockgw.direct import Direct  # noqa: PLC0415 -- fails without the binding
+
+    direct = Direct.load(
+        sessions=1, workers=1, cgroup=cgroup, bound_bytes=DIRECT_BOUND_BYTES
+    )
+    with contextlib.closing(direct):
+        return direct.prove()
 
 
 def prove_wire() -> None:

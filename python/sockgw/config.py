@@ -29,6 +29,8 @@ Choice = TypeVar("Choice", bound=enum.Enum)
 # within this limit never overflows one.
 MAX_TIMEOUT_S = 24 * 86400.0
 
+DIRECT_BOUND_BYTES = 4 << 20
+
 _PORT_MAX = 65535
 _UNITS_S = {"ms": 0.001, "s": 1.0, "": 1.0, "m": 60.0, "h": 3600.0}
 _DURATION = re.compile(r"([0-9]+(?:\.[0-9]*)?|\.[0-9]+)(ms|s|m|h|)")
@@ -236,7 +238,7 @@ class Config:
     drain_timeout_s: float = 30
     log_format: LogFormat = LogFormat.TEXT
     verbose: bool = False
-    direct_bound_bytes: int = 4 << 20
+    direct_bound_bytes: int = DIRECT_BOUND_BYTES
     """Of each direction of a session on direct: what its receiver has yet to read."""
     persist: Path | None = None
     """A directory on a bpffs, where sessions on wire outlive the gateway; None: they do not."""

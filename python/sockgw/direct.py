@@ -22,10 +22,14 @@ read. The programs' side of this is in bpf/direct.bpf.c.
 from __future__ import annotations
 
 import errno
+import fcntl
 import mmap
+import os
 import socket
 import struct
 import sys
+import termios
+import warnings
 from collections import deque
 from contextlib import ExitStack
 from importlib.resources import as_file, files
@@ -62,7 +66,7 @@ _REFUSALS: Final = {
     lib.DIRECT_TAKEN: "socket_taken",
 }
 
-PROOF_BYTES: Final = 100
+_PROOF_BYTES: Final = 100
 _PROOF_S: Final = 5.0
 
 
@@ -179,6 +183,8 @@ class Direct:
         self._resources = resources
         self._listeners = bpf_object.map("direct_listeners")
         self._own = bpf_object.map("direct_own")
+        self._sockets = bpf_object.map("direct_sockets")
+        self._senders = bpf_object.map("direct_senders")
         self._ask = bpf_object.program_fd("sock_direct_ask")
         self._slots = sessions * lib.SOCK_SLOTS_PER_SESSION
         shared = mmap.mmap(bpf_object.map("direct_slots").fd, self._slots * _SLOT_BYTES)
@@ -186,6 +192,8 @@ class Direct:
         self._words = ffi.from_buffer("struct direct_slot[]", shared, require_writable=True)
         resources.callback(ffi.release, self._words)
         self._free = deque(range(sessions))
+        self._sessions = sessions
+        self._before = ((0, 0), 0, 0)
         rings = bpf_object.map("direct_rings")
         self._rings: dict[int, libbpf.Ring] = {}
         resources.callback(self._close_rings)
@@ -228,8 +236,7 @@ class Direct:
             direct = cls(
                 bpf_object, resources, sessions=sessions, workers=workers, processes=processes
             )
-            main = struct.pack("=I", bpf_object.program_fd("sock_direct_send"))
-            bpf_object.map("direct_programs").put(struct.pack("=I", 0), main)
+            direct._start_guard()
             bpf_object.attach_sender("sock_direct", bpf_object.map("direct_senders"))
             bpf_object.attach("sock_direct_read", "the tracepoint sock_recv_length")
             # Last: a socket that it captures finds everything else in place.
@@ -240,9 +247,31 @@ class Direct:
             direct._resources = resources.pop_all()
             return direct
 
+    def _start_guard(self) -> None:
+        """Fork a process that outlives this one and takes the applications' sockets out of the maps.
+
+        A socket in the maps holds the program that it sends by, which holds the
+        maps: all of it would stay until the applications close their sockets.
+        """
+        alive, our_end = os.pipe()
+        with warnings.catch_warnings():
+            # Python 3.12 warns of threads; the child calls C, which needs none of them.
+            warnings.simplefilter("ignore", DeprecationWarning)
+            pid = os.fork()
+        if pid == 0:
+            try:
+                os.setsid()  # what is sent to our group, by a terminal say, is not for it
+                lib.sgw_direct_guard(alive, self._senders.fd, self._sockets.fd)
+            finally:
+                os._exit(1)
+        os.close(alive)
+        self._resources.callback(os.waitpid, pid, 0)
+        self._resources.callback(os.close, our_end)
+
     def narrow(self, sessions: range, workers: range) -> None:
         """Make this, a forked process's copy, the one of `workers` and their `sessions`."""
         self._free = deque(sessions)
+        self._sessions = len(sessions)
         for worker in [worker for worker in self._rings if worker not in workers]:
             self._rings.pop(worker).close()
 
@@ -267,6 +296,10 @@ class Direct:
         elif sock.family == socket.AF_INET:
             address = _MAPPED + address
         self._listeners.put(_listener(sock), address)
+
+    def unlisten(self, sock: socket.socket) -> None:
+        """Capture no more clients of `sock`."""
+        self._listeners.delete(_listener(sock))
 
     def dial(self, sock: socket.socket) -> None:
         """Capture who accepts `sock`, which is about to connect."""
@@ -326,23 +359,38 @@ class Direct:
         """Take what was told to `worker`: the `DirectPair.index` of sessions to look at."""
         return [slot // lib.SOCK_SLOTS_PER_SESSION for slot in self._rings[worker].drain()]
 
+    @property
+    def active(self) -> int:
+        """Sessions that are watched now."""
+        return self._sessions - len(self._free)
+
+    def captured(self) -> set[bytes]:
+        """Return the applications' sockets that are known, whatever session they have."""
+        return set(self._sockets.keys())
+
     def totals(self) -> tuple[tuple[int, int], int, int]:
-        """Sum up since the load.
+        """Sum up since the load, without the proof.
 
         Bytes handed over, to the backends and to the clients; messages handed
         over, and left to TCP, of senders whose sends pass the program.
         """
         totals = ffi.new("struct sgw_direct_totals *")
         lib.sgw_direct_totals(self._words, self._slots, totals)
-        return (totals.bytes[0], totals.bytes[1]), totals.messages, totals.passed_messages
+        bytes_before, messages_before, passed_before = self._before
+        return (
+            (totals.bytes[0] - bytes_before[0], totals.bytes[1] - bytes_before[1]),
+            totals.messages - messages_before,
+            totals.passed_messages - passed_before,
+        )
 
-    def prove(self) -> None:
+    def prove(self) -> str:
         """Have bytes handed over both ways, and see what the kernel does with them.
 
-        Raises UnsupportedKernelError when it does not charge them to the
+        Returns what applications have to do without here, "" if nothing. Raises UnsupportedKernelError when it does not charge them to the
         receiver, so that nothing would stop a sender, and OSError when they do
         not come through.
         """
+        lack = ""
         with ExitStack() as stack:
             client, near, far, backend = stack.enter_context(_Session(self)).sockets
             pair, _ = self.watch(near, far, next(iter(self._rings)))
@@ -360,19 +408,24 @@ class Direct:
                 (client, backend, pair.to_backend),
                 (backend, client, pair.to_client),
             ):
-                source.sendall(bytes(PROOF_BYTES))
-                if slot.bytes != PROOF_BYTES:
+                source.sendall(bytes(_PROOF_BYTES))
+                if slot.bytes != _PROOF_BYTES:
                     raise OSError(errno.EIO, "bytes that could be handed over were not")
                 meminfo = target.getsockopt(socket.SOL_SOCKET, _SO_MEMINFO, 4)
                 charged = int.from_bytes(meminfo, sys.byteorder)
-                if len(target.recv(2 * PROOF_BYTES)) != PROOF_BYTES:
+                unread = fcntl.ioctl(target, termios.FIONREAD, bytes(4))
+                if int.from_bytes(unread, sys.byteorder) != _PROOF_BYTES:
+                    lack = "without FIONREAD: to applications it tells of TCP's bytes only"
+                if len(target.recv(2 * _PROOF_BYTES)) != _PROOF_BYTES:
                     raise OSError(errno.EIO, "bytes were handed over and did not arrive")
-                if charged < PROOF_BYTES:
+                if charged < _PROOF_BYTES:
                     needs = (
                         "boot a kernel that is >= 6.13: this one charges to nobody what is"
                         " handed over, so that nothing would stop a sender"
                     )
                     raise UnsupportedKernelError("direct", needs)
+        self._before = self.totals()
+        return lack
 
     def close(self) -> None:
         """Detach and free everything; every session must be forgotten."""
@@ -398,7 +451,7 @@ class _Session:
                     socket.create_connection(listener.getsockname(), timeout=_PROOF_S)
                 )
                 near = stack.enter_context(listener.accept()[0])
-                direct._listeners.delete(_listener(listener))  # noqa: SLF001 - of this module
+                direct.unlisten(listener)
             far = stack.enter_context(socket.socket())
             direct.dial(far)
             far.connect(server.getsockname())

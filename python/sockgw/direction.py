@@ -213,6 +213,8 @@ class Direction:
             if not self.direct.is_flushed():
                 self._look_again()
                 return
+            if splice is None:
+                self._host.tally.flushed(time.monotonic() - self._flush_began_s)
         if splice is not None:
             self._looks += 1
             if self.state is State.ENDING:

@@ -299,10 +299,12 @@ class Gateway:
             bound_bytes=config.direct_bound_bytes,
         )
         try:
-            direct.prove()
+            lack = direct.prove()
         except BaseException:
             direct.close()
             raise
+        if lack:
+            _log.warning("direct: %s", lack)
         return direct
 
     def _load_wire(self) -> Wire | None:

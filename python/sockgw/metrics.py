@@ -66,7 +66,7 @@ FALLBACK_REASONS = (
     "no_binding",
     "kernel_too_old",
     "no_btf",
-    "no_recv_tracepoint",
+    "no_recv_trace",
     "missing_capability",
     "no_raw_sockets",
     "no_cgroup2",

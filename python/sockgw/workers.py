@@ -75,6 +75,7 @@ class Workers:
         """Prepare `config.threads` workers, numbered from `first`; `start` runs them."""
         self._listener = listener
         self._datapath = datapath
+        self._direct = direct
         self._drain_timeout_s = config.drain_timeout_s
         self._deadline: threading.Timer | None = None
         self._crash: BaseException | None = None
@@ -161,10 +162,12 @@ class Workers:
         active: Counter[str] = Counter()
         for worker in self._workers:
             active.update(worker.active)
+        pairs = self._datapath.active_pairs if self._datapath is not None else 0
+        watched = self._direct.active if self._direct is not None else 0
         return Count(
             tally=Tally.merge(worker.tally for worker in self._workers),
             sessions_active=active,
-            active_pairs=self._datapath.active_pairs if self._datapath is not None else 0,
+            active_pairs=pairs + watched,
             kernel_held_bytes=sum(worker.held_by_kernel() for worker in self._workers),
         )
 

@@ -24,7 +24,12 @@ class PathUnderTest:
     @property
     def exchanges(self) -> int:
         """How many it takes at most until a session is on the path."""
-        return {"wire": 3, "direct": 2}.get(self.label, 1)
+        return 3 if self.label == "wire" else 1
+
+    @property
+    def is_spliced(self) -> bool:
+        """Whether the verdict moves the bytes."""
+        return self.label == "splice"
 
     @property
     def name(self) -> str:
@@ -57,6 +62,11 @@ with_processes = pytest.mark.parametrize("path", PATHS, indirect=True, ids=lambd
 # For the sentences about bytes that pass by without our process.
 in_kernel = pytest.mark.parametrize(
     "path", each(*(path for path in PATHS if path.in_kernel)), indirect=True
+)
+
+# For those about what the verdict does.
+spliced = pytest.mark.parametrize(
+    "path", [path for path in PATHS if path.is_spliced], indirect=True, ids=lambda path: path.name
 )
 
 # For what one session may hold: it lives in one process, however many there are.

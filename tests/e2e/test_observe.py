@@ -16,7 +16,7 @@ import pytest
 
 from . import kernel
 from .gateways import Metrics
-from .paths import in_kernel, with_processes
+from .paths import in_kernel, spliced, with_processes
 from .peers import Backend, connect, is_reset, join_address, split_address
 from .traffic import KIB, MIB, Stream, Task, exchange, expect, receive, send_and_finish
 from .waits import eventually
@@ -80,8 +80,9 @@ def test_access_log(
         assert line.bytes("to_client") == down + extra
         if up and down:
             assert line["path"] == path.label
-            assert (line.bytes("to_backend", "splice") > 0) == path.in_kernel
-        if not path.in_kernel:
+            assert (line.bytes("to_backend", "splice") > 0) == path.is_spliced
+            assert (line.bytes("to_backend", path.label) > 0)
+        if not path.is_spliced:
             assert line.bytes("to_backend", "splice") == line.bytes("to_client", "splice") == 0
         # The kernel's own figures need the program that follows our sockets.
         assert ("client_rtt_us" in line.fields) == (path.accel != "off")
@@ -163,7 +164,7 @@ def test_metrics_at_the_start(gateway: StartGateway, path: PathUnderTest, echo: 
     for status in ("success", "fallback"):
         assert metrics.value("gateway_ebpf_redirects_total", status=status) == 0
     assert metrics.value("gateway_ebpf_active_pairs") == 0
-    for label in ("splice", "relay"):
+    for label in ("direct", "splice", "relay"):
         assert metrics.value("gateway_sessions_active", path=label) == 0
         assert metrics.value("gateway_sessions_total", path=label) == 0
         for direction in ("to_backend", "to_client"):
@@ -405,7 +406,7 @@ def _bpftool_text(*arguments: str) -> str:
     ).stdout
 
 
-@in_kernel
+@spliced
 def test_inspection_with_bpftool(
     gateway: StartGateway, path: PathUnderTest, backend: Backend, session: OpenSession
 ) -> None:

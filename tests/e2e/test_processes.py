@@ -133,7 +133,7 @@ def test_worker_process_that_is_killed_is_replaced(
     assert after.value("gateway_ebpf_active_pairs") == len(sessions[other]) * path.in_kernel
     now = counters(after)
     assert not [key for key, value in counters(before).items() if now[key] < value]
-    if path.in_kernel:
+    if path.is_spliced:
         maps = running.maps()
         for name in ("sock_map", "sock_pair_map"):
             assert kernel.map_entries(maps[name]) == 2 * len(sessions[other]), name

@@ -15,9 +15,12 @@ import pytest
 from sockgw import check
 from sockgw._bpf import features
 from sockgw._bpf.features import Feature, Verdict
-from sockgw.errors import ConfigError, DatapathError
+from sockgw.errors import ConfigError, DatapathError, UnsupportedKernelError
 
-NAMES = ("binding", "kernel", "btf", "tcx", "capabilities", "raw_sockets", "cgroup2")
+NAMES = (
+    *("binding", "kernel", "btf", "tcx", "recv_trace"),
+    *("capabilities", "raw_sockets", "cgroup2"),
+)
 
 
 @pytest.fixture
@@ -36,6 +39,7 @@ def host(monkeypatch):
     lack()
     monkeypatch.setattr(check, "prove_splice", lambda _cgroup: "")
     monkeypatch.setattr(check, "prove_wire", lambda: None)
+    monkeypatch.setattr(check, "prove_direct", lambda _cgroup: "")
     return lack
 
 
@@ -126,10 +130,33 @@ def test_a_proof_that_fails_outweighs_the_probes(host, prove, error, told, capsy
     assert told in lines(capsys)["splice"]
 
 
-def test_a_path_that_is_not_built_says_so(host, capsys):
-    """A path of a later version is named, and called what it is."""
+@pytest.mark.parametrize(
+    "missing", ["binding", "kernel", "btf", "recv_trace", "capabilities", "cgroup2"]
+)
+def test_what_direct_lacks_is_named_with_the_way_out(host, monkeypatch, missing, capsys):
+    """A missing feature takes direct away, and says what would bring it back."""
+    host(missing)
+    monkeypatch.setattr(check, "prove_direct", lambda _: pytest.fail("there is nothing to prove"))
     check.main(None, as_json=False)
-    assert "not built in this version" in lines(capsys)["direct"]
+    assert f"does not work {missing}: is missing; get {missing}" in lines(capsys)["direct"]
+
+
+def test_what_applications_do_without_on_direct_is_told(host, monkeypatch, capsys):
+    """Where direct works in part the verdict is yes, with a note."""
+    monkeypatch.setattr(check, "prove_direct", lambda _: "without FIONREAD")
+    check.main(None, as_json=False)
+    assert lines(capsys)["direct"].split() == ["direct", "works", "without", "FIONREAD"]
+
+
+def test_a_kernel_that_bounds_nothing_has_no_direct(host, monkeypatch, capsys):
+    """Where the proof finds the kernel wanting, the verdict is no, with the way out."""
+
+    def fail(_cgroup):
+        raise UnsupportedKernelError("direct", "boot another")
+
+    monkeypatch.setattr(check, "prove_direct", fail)
+    assert check.main(None, as_json=False) == 0
+    assert lines(capsys)["direct"].endswith("direct: boot another")
 
 
 @pytest.mark.parametrize("missing", ["binding", "btf", "capabilities", "raw_sockets"])

@@ -188,7 +188,10 @@ def test_tcx_by_what_the_kernel_has(monkeypatch, tmp_path, strings, verdict):
 
 
 def probed(**verdicts: Verdict) -> tuple[Feature, ...]:
-    names = ("binding", "kernel", "btf", "tcx", "capabilities", "raw_sockets", "cgroup2")
+    names = (
+        *("binding", "kernel", "btf", "tcx", "recv_trace"),
+        *("capabilities", "raw_sockets", "cgroup2"),
+    )
     verdict = {name: verdicts.get(name, Verdict.SUPPORTED) for name in names}
     return tuple(Feature(name, verdict[name], "", "", "") for name in names)
 
@@ -205,7 +208,9 @@ def probed(**verdicts: Verdict) -> tuple[Feature, ...]:
         ("wire", {"tcx": Verdict.UNSUPPORTED}, None),
         ("wire", {"raw_sockets": Verdict.UNSUPPORTED}, "raw_sockets"),
         ("wire", {"capabilities": Verdict.UNSUPPORTED}, "capabilities"),
-        ("direct", {}, "direct"),
+        ("direct", {}, None),
+        ("direct", {"recv_trace": Verdict.UNSUPPORTED, "tcx": Verdict.UNSUPPORTED}, "recv_trace"),
+        ("direct", {"cgroup2": Verdict.UNSUPPORTED}, "cgroup2"),
     ],
 )
 def test_first_obstacle(path, verdicts, obstacle):

@@ -19,7 +19,7 @@ import pytest
 
 from sockgw import _bpf
 from sockgw.config import Accel, Address, Config
-from sockgw.errors import ConfigError, UnsupportedKernelError
+from sockgw.errors import ConfigError
 from sockgw.gateway import Gateway
 from sockgw.lifetime import Session
 from sockgw.listener import RETRY_S, Listener
@@ -406,7 +406,7 @@ def test_start_that_fails_leaves_nothing(start: Any, backend: Backend) -> None:
         for options, error in (
             ({"listen": address}, OSError),
             ({"metrics": address}, OSError),
-            ({"accel": Accel.DIRECT}, UnsupportedKernelError),
+            ({"persist": FilePath("/")}, ConfigError),
             ({"backends": (Address("no-such-host.invalid", 1),)}, ConfigError),
         ):
             with pytest.raises(error):

@@ -162,6 +162,10 @@ struct sgw_direct_totals {
 
 void sgw_direct_totals(const struct direct_slot *slots, size_t count,
 		       struct sgw_direct_totals *totals);
+/* Wait until `alive`, the reading end of a pipe, ends: then the gateway is gone, however that came
+ * about, and the sockets in the maps are taken out. For a process of its own; never returns.
+ */
+void sgw_direct_guard(int alive, int senders_map, int sockets_map);
 uint64_t sgw_cookie(int fd); /* 0: there is no such socket */
 
 /* The wire path (wire.c): one for each process. */

@@ -26,7 +26,6 @@ from sockgw.errors import ConfigError, UnsupportedKernelError
 if TYPE_CHECKING:
     from collections.abc import Collection, Iterable
 
-NOT_BUILT: Final = "not built in this version"
 BPF_OBJECT: Final = Path(__file__).with_name("sockmap.bpf.o")
 KERNEL_BTF: Final = Path("/sys/kernel/btf/vmlinux")
 _BTF_MAGIC: Final = b"\xeb\x9f"  # struct btf_header, in the kernel's byte order
@@ -98,8 +97,8 @@ _LACKS: Final = {
         "netfilter",
         "packets of a session on wire do not pass INPUT, OUTPUT or NAT",
     ),
-    "recv_tracepoint": _Lack(
-        "no_recv_tracepoint",
+    "recv_trace": _Lack(
+        "no_recv_trace",
         "boot a kernel that is >= 6.3: it tells when an application has read",
     ),
     "cgroup2": _Lack(
@@ -111,8 +110,8 @@ _LACKS: Final = {
 # Without a cgroup2 only the sockops program is lost: splice works, its log
 # lines lack the round-trip times. Without TCX wire has filters.
 _NEEDS: Final[dict[str, tuple[str, ...]]] = {
+    "direct": ("binding", "kernel", "btf", "recv_trace", "capabilities", "cgroup2"),
     "wire": ("binding", "kernel", "btf", "capabilities", "raw_sockets"),
-    "direct": ("binding", "kernel", "btf", "recv_tracepoint", "capabilities", "cgroup2"),
     "splice": ("binding", "kernel", "btf", "capabilities"),
     "relay": (),
 }
@@ -130,7 +129,7 @@ def all(cgroup: Path | None = None) -> tuple[Feature, ...]:  # noqa: A001 -- rea
     Raises ConfigError when a `cgroup` is given and is not one.
     """
     return (
-        *(binding(), kernel(), btf(), tcx(), recv_tracepoint()),
+        *(binding(), kernel(), btf(), tcx(), recv_trace()),
         *(capabilities(), raw_sockets(), cgroup2(cgroup)),
     )
 
@@ -142,8 +141,6 @@ def first_obstacle(path: str, features: Iterable[Feature]) -> Feature | None:
 
 def obstacles(path: str, features: Iterable[Feature]) -> tuple[Feature, ...]:
     """Return everything that keeps `path` from working; nothing does: ()."""
-    if path not in _NEEDS:
-        return (Feature(path, Verdict.UNSUPPORTED, NOT_BUILT, "use --accel auto", "not_built"),)
     lacking = (f for f in features if f.verdict is not Verdict.SUPPORTED)
     return tuple(feature for feature in lacking if feature.name in _NEEDS[path])
 
@@ -167,7 +164,7 @@ def binding() -> Feature:
 _FIXED_IN: Final = {(6, 1): 142, (6, 6): 94, (6, 12): 34, (6, 15): 3}
 _FIXED_SINCE: Final = (6, 16)
 _TCX_FUNCTION: Final = b"\0tcx_link_attach\0"  # among the strings of BTF
-_RECV_TRACEPOINT: Final = b"\0btf_trace_sock_recv_length\0"
+_RECV_TRACE: Final = b"\0btf_trace_sock_recv_length\0"
 
 
 def kernel(release: str | None = None) -> Feature:
@@ -230,15 +227,15 @@ def btf() -> Feature:
     return _feature("btf", Verdict.SUPPORTED, str(KERNEL_BTF))
 
 
-def recv_tracepoint(btf: Path = KERNEL_BTF) -> Feature:
+def recv_trace(btf: Path = KERNEL_BTF) -> Feature:
     """Probe for the tracepoint sock_recv_length, by its name in the kernel's BTF."""
     try:
-        is_there = _RECV_TRACEPOINT in btf.read_bytes()
+        is_there = _RECV_TRACE in btf.read_bytes()
     except OSError as error:
-        return _feature("recv_tracepoint", Verdict.INCONCLUSIVE, f"{btf}: {error.strerror}")
+        return _feature("recv_trace", Verdict.INCONCLUSIVE, f"{btf}: {error.strerror}")
     if not is_there:
-        return _feature("recv_tracepoint", Verdict.UNSUPPORTED, "no sock_recv_length in BTF")
-    return _feature("recv_tracepoint", Verdict.SUPPORTED, "the kernel tells when recv() returns")
+        return _feature("recv_trace", Verdict.UNSUPPORTED, "no sock_recv_length in BTF")
+    return _feature("recv_trace", Verdict.SUPPORTED, "the kernel tells when recv() returns")
 
 
 # --- rights

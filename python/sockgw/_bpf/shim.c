@@ -8,7 +8,9 @@
 #include <stdlib.h>
 #include <string.h>
 #include <sys/ioctl.h>
+#include <sys/prctl.h>
 #include <sys/socket.h>
+#include <unistd.h>
 #include <linux/sockios.h>
 #include <linux/tcp.h>
 #include "shim.h"
@@ -243,6 +245,54 @@ void sgw_direct_totals(const struct direct_slot *slots, size_t count,
 		totals->messages += slots[i].messages;
 		totals->passed_messages += slots[i].passed_messages;
 	}
+}
+
+static int compare_fds(const void *one, const void *other)
+{
+	return *(const int *)one - *(const int *)other;
+}
+
+static void take_all_out(int map)
+{
+	uint64_t cookie;
+
+	while (!bpf_map_get_next_key(map, NULL, &cookie)) {
+		int err = bpf_map_delete_elem(map, &cookie);
+
+		if (err && err != -ENOENT) /* closed meanwhile: so be it */
+			return;
+	}
+}
+
+/* What a process has open it keeps from its end: a listener, a log's reader, the links. */
+void sgw_close_all_but(int *kept, size_t count)
+{
+	unsigned int first = 0;
+	size_t i;
+
+	qsort(kept, count, sizeof(*kept), compare_fds);
+	for (i = 0; i < count; i++) {
+		if (kept[i] < 0)
+			continue;
+		if ((unsigned int)kept[i] > first)
+			close_range(first, (unsigned int)kept[i] - 1, 0);
+		first = (unsigned int)kept[i] + 1;
+	}
+	close_range(first, ~0U, 0);
+}
+
+void sgw_direct_guard(int alive, int senders_map, int sockets_map)
+{
+	int kept[] = { alive, senders_map, sockets_map };
+	char byte;
+
+	prctl(PR_SET_NAME, "sockgw-guard");
+	sgw_close_all_but(kept, sizeof(kept) / sizeof(*kept));
+	while (read(alive, &byte, 1) < 0 && errno == EINTR)
+		;
+	take_all_out(senders_map);
+	take_all_out(sockets_map);
+	_exit(0);
 }
 
 uint64_t sgw_cookie(int fd)

@@ -17,4 +17,7 @@
 #include "direct.h"
 #include "cdef.h"
 
+/* Close every descriptor of this process but these, which are sorted; below 0: none. */
+void sgw_close_all_but(int *kept, size_t count);
+
 #endif

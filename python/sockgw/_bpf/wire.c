@@ -909,31 +909,15 @@ void sgw_wire_reclaim(struct sgw_wire *wire, uint32_t first, uint32_t sessions)
 	}
 }
 
-static int compare_fds(const void *one, const void *other)
-{
-	return *(const int *)one - *(const int *)other;
-}
-
 void sgw_wire_guard(struct sgw_wire *wire, int alive, uint32_t clsact_owner, int clsact_name)
 {
 	const struct sgw_wire_settings *settings = &wire->settings;
 	int kept[] = { alive,	   settings->flows_map, settings->sessions_map,
 		       wire->raw4, wire->raw6,		clsact_name };
-	unsigned int first = 0;
-	size_t i;
 	char byte;
 
 	prctl(PR_SET_NAME, "sockgw-guard");
-	/* What it has open it keeps from its end: a listener, a log's reader, the links. */
-	qsort(kept, sizeof(kept) / sizeof(*kept), sizeof(*kept), compare_fds);
-	for (i = 0; i < sizeof(kept) / sizeof(*kept); i++) {
-		if (kept[i] < 0)
-			continue;
-		if ((unsigned int)kept[i] > first)
-			close_range(first, (unsigned int)kept[i] - 1, 0);
-		first = (unsigned int)kept[i] + 1;
-	}
-	close_range(first, ~0U, 0);
+	sgw_close_all_but(kept, sizeof(kept) / sizeof(*kept));
 	while (read(alive, &byte, 1) < 0 && errno == EINTR)
 		;
 	sgw_wire_reclaim(wire, settings->first, settings->sessions);
