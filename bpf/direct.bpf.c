@@ -408,14 +408,13 @@ int sock_capture(struct bpf_sock_ops *ops)
 
 /* --- how an application reads */
 
-static __always_inline void tell(__u32 worker, __u32 slot)
+/* false: there was no room to say it. */
+static __always_inline bool tell(__u32 worker, __u32 slot)
 {
 	struct direct_event event = { .slot = slot };
 	void *ring = bpf_map_lookup_elem(&direct_rings, &worker);
 
-	/* What does not fit is found by the next look. */
-	if (ring)
-		bpf_ringbuf_output(ring, &event, sizeof(event), 0);
+	return ring && !bpf_ringbuf_output(ring, &event, sizeof(event), 0);
 }
 
 /* From here on nothing that this application receives goes direct. Noted on the
@@ -476,10 +475,9 @@ int BPF_PROG(sock_direct_read, struct sock *sk, int bytes, int flags)
 	/* Bytes of the other application have been read: it is done with setting its
 	 * socket up.
 	 */
-	if (!slot->is_told && read != app->base_read) {
-		slot->is_told = 1;
-		tell(app->worker, app->slot_in);
-	}
+	if (!slot->is_told && read != app->base_read)
+		slot->is_told = tell(app->worker, app->slot_in);
+	/* Unheard it is found by the next look. */
 	if (READ_ONCE(slot->is_awaited) && !has_unread(sk))
 		tell(app->worker, app->slot_in);
 	return 0;

@@ -45,9 +45,8 @@ if TYPE_CHECKING:
 
 _SLOT_BYTES: Final[int] = ffi.sizeof("struct direct_slot")
 _RECORD_BYTES: Final = 8 + 8  # the ring's header, and the record rounded up to 8
-_RECORDS_PER_SLOT: Final = 8
-"""More than are ever told without being read, but for a reader that is slow to hear:
-what does not fit is found by the next look."""
+_RECORDS_PER_SLOT: Final = 2
+"""What does not fit is told again, or found by the next look."""
 _SOCKETS_PER_SESSION: Final = 4
 """Applications' sockets in the map: they stay until they are closed, which may be
 long after their session."""
@@ -73,21 +72,27 @@ _PROOF_S: Final = 5.0
 class DirectSlot:
     """One direction of a session that is watched. All counts are since then."""
 
-    __slots__ = ("_ask", "_before", "_flushed_at", "_index", "_is_counted", "words")
+    __slots__ = ("_all", "_ask", "_before", "_flushed_at", "_index", "_is_counted")
 
-    def __init__(self, ask: int, words: Any, index: int) -> None:  # noqa: ANN401 - struct direct_slot *
+    def __init__(self, ask: int, all_words: Any, index: int) -> None:  # noqa: ANN401 - struct direct_slot[]
         """Made by `Direct.watch` only: start at the words' present values."""
+        words = all_words + index
         words.older_end = words.bytes
         words.older_messages = words.newer_messages = 0
         words.sender = words.receiver = 0
         words.refusal = words.was_cut = words.is_told = words.has_read = words.read_to = 0
         words.is_awaited = 0
-        self.words = words
+        self._all = all_words
         self._ask = ask
         self._index = index
         self._before: int = words.bytes
         self._flushed_at = self._before
         self._is_counted = False
+
+    @property
+    def words(self) -> Any:  # noqa: ANN401 - struct direct_slot *
+        """What the programs and userspace write; not kept, for the memory of a crowd."""
+        return self._all + self._index
 
     @property
     def bytes(self) -> int:
@@ -329,8 +334,8 @@ class Direct:
         up, down = first + lib.SOCK_SLOT_TO_BACKEND, first + lib.SOCK_SLOT_TO_CLIENT
         pair = DirectPair(
             index,
-            DirectSlot(self._ask, self._words + up, up),
-            DirectSlot(self._ask, self._words + down, down),
+            DirectSlot(self._ask, self._words, up),
+            DirectSlot(self._ask, self._words, down),
         )
         try:
             answer = _answer(self._ask, lib.DIRECT_WATCH, first, *cookies, worker)
