@@ -302,7 +302,7 @@ static __always_inline __u64 capture(struct bpf_sock_ops *ops, struct bpf_sock *
 }
 
 static __always_inline void note_active(struct bpf_sock_ops *ops, struct bpf_sock *sk,
-					struct tcp_sock *tcp)
+					struct tcp_sock *tcp, bool is_capturing)
 {
 	struct dialler dialler = {};
 	struct birth birth = {};
@@ -313,7 +313,7 @@ static __always_inline void note_active(struct bpf_sock_ops *ops, struct bpf_soc
 		dialler.cookie = bpf_get_socket_cookie(ops);
 	} else {
 		/* It connects to somebody else: it is left alone. */
-		if (!bpf_map_lookup_elem(&direct_syns, &birth.flow))
+		if (!is_capturing || !bpf_map_lookup_elem(&direct_syns, &birth.flow))
 			return;
 		/* TCP fast open: bytes were sent before now. */
 		if (tcp->write_seq != tcp->snd_una || tcp->bytes_acked > 1)
@@ -328,13 +328,15 @@ static __always_inline void note_active(struct bpf_sock_ops *ops, struct bpf_soc
 }
 
 static __always_inline void note_passive(struct bpf_sock_ops *ops, struct bpf_sock *sk,
-					 struct tcp_sock *tcp)
+					 struct tcp_sock *tcp, bool is_capturing)
 {
 	bool is_ours = bpf_sk_storage_get(&direct_own, sk, NULL, 0) != NULL;
 	struct birth birth = {};
 	struct dialler *found;
 	__u64 own, other;
 
+	if (!is_ours && !is_capturing)
+		return;
 	read_flow(ops, &birth.flow, false);
 	birth.client_isn = tcp->rcv_nxt - 1;
 	birth.server_isn = tcp->write_seq - 1;
@@ -377,8 +379,7 @@ static __always_inline void note_close(struct bpf_sock *sk, struct tcp_sock *tcp
 		slot->was_cut = 1;
 }
 
-SEC("sockops")
-int sock_capture(struct bpf_sock_ops *ops)
+static __always_inline int note(struct bpf_sock_ops *ops, bool is_capturing)
 {
 	struct bpf_sock *sk;
 	struct tcp_sock *tcp;
@@ -398,12 +399,28 @@ int sock_capture(struct bpf_sock_ops *ops)
 	if (!tcp)
 		return 1;
 	if (ops->op == BPF_SOCK_OPS_ACTIVE_ESTABLISHED_CB)
-		note_active(ops, sk, tcp);
+		note_active(ops, sk, tcp, is_capturing);
 	else if (ops->op == BPF_SOCK_OPS_PASSIVE_ESTABLISHED_CB)
-		note_passive(ops, sk, tcp);
+		note_passive(ops, sk, tcp, is_capturing);
 	else
 		note_close(sk, tcp);
 	return 1;
+}
+
+/* On the cgroup that the applications are in. */
+SEC("sockops")
+int sock_capture(struct bpf_sock_ops *ops)
+{
+	return note(ops, true);
+}
+
+/* On the gateway's own cgroup, if that is not below the other one: whoever else is in
+ * it is left alone.
+ */
+SEC("sockops")
+int sock_own(struct bpf_sock_ops *ops)
+{
+	return note(ops, false);
 }
 
 /* --- how an application reads */

@@ -158,13 +158,10 @@ def prove_direct(cgroup: Path) -> str:
     DatapathError when the kernel refuses a step, UnsupportedKernelError when it
     bounds nothing, and OSError when the bytes do not come through.
     """
-    from sockgw.direct import Direct  # noqa: PLC0415 -- fails without the binding
+    from sockgw.direct import Direct, prove  # noqa: PLC0415 -- fails without the binding
 
-    direct = Direct.load(
-        sessions=1, workers=1, cgroup=cgroup, bound_bytes=DIRECT_BOUND_BYTES
-    )
-    with contextlib.closing(direct):
-        return direct.prove()
+    Direct.load(sessions=1, workers=1, cgroup=cgroup, bound_bytes=DIRECT_BOUND_BYTES).close()
+    return prove()
 
 
 def prove_wire() -> None:

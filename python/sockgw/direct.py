@@ -37,6 +37,7 @@ from typing import TYPE_CHECKING, Any, Final
 
 from sockgw._bpf import features, libbpf
 from sockgw._bpf._binding import ffi, lib
+from sockgw.config import DIRECT_BOUND_BYTES
 from sockgw.errors import DatapathError, UnsupportedKernelError
 
 if TYPE_CHECKING:
@@ -198,7 +199,6 @@ class Direct:
         resources.callback(ffi.release, self._words)
         self._free = deque(range(sessions))
         self._sessions = sessions
-        self._before = ((0, 0), 0, 0)
         rings = bpf_object.map("direct_rings")
         self._rings: dict[int, libbpf.Ring] = {}
         resources.callback(self._close_rings)
@@ -220,8 +220,8 @@ class Direct:
     ) -> Direct:
         """Load the object, with room for `sessions`, and attach it to `cgroup`.
 
-        That is where the applications are; it is attached to this process's own
-        cgroup, too, if that is not below. At most `bound_bytes` of a direction lie unread in its receiver's queue.
+        That is where the applications are; this process's own cgroup, if that is
+        not below, has a program that sees to our sockets alone. At most `bound_bytes` of a direction lie unread in its receiver's queue.
         All `workers` of all `processes`: those are forked afterwards, and each
         calls `narrow`. Raises `VerifierError` or `DatapathError`, and leaves
         nothing behind then.
@@ -245,10 +245,10 @@ class Direct:
             bpf_object.attach_sender("sock_direct", bpf_object.map("direct_senders"))
             bpf_object.attach("sock_direct_read", "the tracepoint sock_recv_length")
             # Last: a socket that it captures finds everything else in place.
-            bpf_object.attach_cgroup("sock_capture", cgroup)
             own = features.own_cgroup2()
             if not own.resolve().is_relative_to(cgroup.resolve()):
-                bpf_object.attach_cgroup("sock_capture", own)
+                bpf_object.attach_cgroup("sock_own", own)
+            bpf_object.attach_cgroup("sock_capture", cgroup)
             direct._resources = resources.pop_all()
             return direct
 
@@ -374,63 +374,14 @@ class Direct:
         return set(self._sockets.keys())
 
     def totals(self) -> tuple[tuple[int, int], int, int]:
-        """Sum up since the load, without the proof.
+        """Sum up since the load.
 
         Bytes handed over, to the backends and to the clients; messages handed
         over, and left to TCP, of senders whose sends pass the program.
         """
         totals = ffi.new("struct sgw_direct_totals *")
         lib.sgw_direct_totals(self._words, self._slots, totals)
-        bytes_before, messages_before, passed_before = self._before
-        return (
-            (totals.bytes[0] - bytes_before[0], totals.bytes[1] - bytes_before[1]),
-            totals.messages - messages_before,
-            totals.passed_messages - passed_before,
-        )
-
-    def prove(self) -> str:
-        """Have bytes handed over both ways, and see what the kernel does with them.
-
-        Returns what applications have to do without here, "" if nothing. Raises UnsupportedKernelError when it does not charge them to the
-        receiver, so that nothing would stop a sender, and OSError when they do
-        not come through.
-        """
-        lack = ""
-        with ExitStack() as stack:
-            client, near, far, backend = stack.enter_context(_Session(self)).sockets
-            pair, _ = self.watch(near, far, next(iter(self._rings)))
-            if pair is None:
-                raise OSError(errno.EIO, "the sockets of two connections were not captured")
-            stack.callback(self.forget, pair)
-            for source, inner, outer, target in (
-                (client, near, far, backend),
-                (backend, far, near, client),
-            ):
-                _exchange(source, inner, outer, target)
-            if not (pair.to_backend.open() and pair.to_client.open()):
-                raise OSError(errno.EIO, "the sockets of two connections were refused")
-            for source, target, slot in (
-                (client, backend, pair.to_backend),
-                (backend, client, pair.to_client),
-            ):
-                source.sendall(bytes(_PROOF_BYTES))
-                if slot.bytes != _PROOF_BYTES:
-                    raise OSError(errno.EIO, "bytes that could be handed over were not")
-                meminfo = target.getsockopt(socket.SOL_SOCKET, _SO_MEMINFO, 4)
-                charged = int.from_bytes(meminfo, sys.byteorder)
-                unread = fcntl.ioctl(target, termios.FIONREAD, bytes(4))
-                if int.from_bytes(unread, sys.byteorder) != _PROOF_BYTES:
-                    lack = "without FIONREAD: to applications it tells of TCP's bytes only"
-                if len(target.recv(2 * _PROOF_BYTES)) != _PROOF_BYTES:
-                    raise OSError(errno.EIO, "bytes were handed over and did not arrive")
-                if charged < _PROOF_BYTES:
-                    needs = (
-                        "boot a kernel that is >= 6.13: this one charges to nobody what is"
-                        " handed over, so that nothing would stop a sender"
-                    )
-                    raise UnsupportedKernelError("direct", needs)
-        self._before = self.totals()
-        return lack
+        return (totals.bytes[0], totals.bytes[1]), totals.messages, totals.passed_messages
 
     def close(self) -> None:
         """Detach and free everything; every session must be forgotten."""
@@ -439,6 +390,55 @@ class Direct:
     def _close_rings(self) -> None:
         while self._rings:
             self._rings.popitem()[1].close()
+
+
+def prove() -> str:
+    """Have bytes handed over both ways in this process, and see what the kernel does with them.
+
+    Returns what applications have to do without here, "" if nothing. Raises
+    DatapathError when the kernel refuses a step, UnsupportedKernelError when it
+    does not charge the bytes to the receiver, so that nothing would stop a
+    sender, and OSError when they do not come through.
+    """
+    lack = ""
+    with ExitStack() as stack:
+        direct = Direct.load(
+            sessions=1, workers=1, cgroup=features.own_cgroup2(), bound_bytes=DIRECT_BOUND_BYTES
+        )
+        stack.callback(direct.close)
+        client, near, far, backend = stack.enter_context(_Session(direct)).sockets
+        pair, _ = direct.watch(near, far, 0)
+        if pair is None:
+            raise OSError(errno.EIO, "the sockets of two connections were not captured")
+        stack.callback(direct.forget, pair)
+        for source, inner, outer, target in (
+            (client, near, far, backend),
+            (backend, far, near, client),
+        ):
+            _exchange(source, inner, outer, target)
+        if not (pair.to_backend.open() and pair.to_client.open()):
+            raise OSError(errno.EIO, "the sockets of two connections were refused")
+        for source, target, slot in (
+            (client, backend, pair.to_backend),
+            (backend, client, pair.to_client),
+        ):
+            source.sendall(bytes(_PROOF_BYTES))
+            if slot.bytes != _PROOF_BYTES:
+                raise OSError(errno.EIO, "bytes that could be handed over were not")
+            meminfo = target.getsockopt(socket.SOL_SOCKET, _SO_MEMINFO, 4)
+            charged = int.from_bytes(meminfo, sys.byteorder)
+            unread = fcntl.ioctl(target, termios.FIONREAD, bytes(4))
+            if int.from_bytes(unread, sys.byteorder) != _PROOF_BYTES:
+                lack = "without FIONREAD: to applications it tells of TCP's bytes only"
+            if len(target.recv(2 * _PROOF_BYTES)) != _PROOF_BYTES:
+                raise OSError(errno.EIO, "bytes were handed over and did not arrive")
+            if charged < _PROOF_BYTES:
+                needs = (
+                    "boot a kernel that is >= 6.13: this one charges to nobody what is"
+                    " handed over, so that nothing would stop a sender"
+                )
+                raise UnsupportedKernelError("direct", needs)
+    return lack
 
 
 class _Session:

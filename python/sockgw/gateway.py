@@ -289,23 +289,18 @@ class Gateway:
         if obstacle is not None:
             raise UnsupportedKernelError("--accel direct", str(obstacle))
         # Imported late: without the binding there is no such module.
-        from sockgw.direct import Direct  # noqa: PLC0415
+        from sockgw.direct import Direct, prove  # noqa: PLC0415
 
-        direct = Direct.load(
+        lack = prove()
+        if lack:
+            _log.warning("direct: %s", lack)
+        return Direct.load(
             sessions=self._max_sessions,
             workers=config.threads * self._processes,
             processes=self._processes,
             cgroup=features.find_cgroup2(config.cgroup),
             bound_bytes=config.direct_bound_bytes,
         )
-        try:
-            lack = direct.prove()
-        except BaseException:
-            direct.close()
-            raise
-        if lack:
-            _log.warning("direct: %s", lack)
-        return direct
 
     def _load_wire(self) -> Wire | None:
         """Load the wire path; None when this host, or the user, wants splice or the relay."""
