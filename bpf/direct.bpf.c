@@ -201,8 +201,7 @@ static __always_inline bool has_unread(struct sock *sk)
 	struct list_head *first = psock ? BPF_CORE_READ(psock, ingress_msg.next) : NULL;
 
 	return first &&
-	       (void *)first !=
-		       (void *)psock + bpf_core_field_offset(struct sk_psock, ingress_msg);
+	       (void *)first != (void *)psock + bpf_core_field_offset(struct sk_psock, ingress_msg);
 }
 
 static __always_inline struct direct_slot *slot_at(__u32 index)
@@ -559,8 +558,7 @@ static __always_inline bool may_go_direct(struct app *app, struct direct_slot *s
 		return false;
 	/* A full barrier: the reader's marks are older than the words above. */
 	__sync_fetch_and_add(&slot->passed_messages, 0);
-	if (READ_ONCE(slot->refusal) != DIRECT_FITS ||
-	    BPF_CORE_READ(receiver, sk_rcvlowat) > 1 ||
+	if (READ_ONCE(slot->refusal) != DIRECT_FITS || BPF_CORE_READ(receiver, sk_rcvlowat) > 1 ||
 	    BPF_CORE_READ(receiver, sk_peek_off) >= 0)
 		return false;
 
@@ -755,8 +753,7 @@ static __always_inline int open(struct direct_slot *slot)
 		goto out;
 	}
 	/* Its functions must be the ones that it was captured with. */
-	if (functions_of((struct sock *)tcp) !=
-		    functions[is_v6((struct sock *)tcp)].reading ||
+	if (functions_of((struct sock *)tcp) != functions[is_v6((struct sock *)tcp)].reading ||
 	    bpf_map_update_elem(&direct_senders, &cookie, sk, BPF_NOEXIST)) {
 		__sync_val_compare_and_swap(&slot->refusal, DIRECT_FITS, DIRECT_TAKEN);
 		goto out;

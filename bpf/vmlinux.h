@@ -204,14 +204,6 @@ struct dst_entry {
 	struct xfrm_state *xfrm;
 };
 
-typedef struct {
-	int counter;
-} atomic_t;
-
-typedef struct {
-	__s64 counter;
-} atomic64_t;
-
 struct sock_common {
 	unsigned short skc_family;
 	volatile unsigned char skc_state;
@@ -219,7 +211,9 @@ struct sock_common {
 		struct net *net;
 	} skc_net;
 	struct proto *skc_prot;
-	atomic64_t skc_cookie;
+	struct {
+		__s64 counter;
+	} skc_cookie;
 	union {
 		unsigned long skc_flags;
 	};
@@ -229,7 +223,9 @@ struct sock {
 	struct sock_common __sk_common;
 	__s32 sk_peek_off;
 	struct {
-		atomic_t rmem_alloc;
+		struct {
+			int counter;
+		} rmem_alloc;
 		int len;
 	} sk_backlog;
 	int sk_rcvlowat;
@@ -240,7 +236,6 @@ struct sock {
 	__u8 sk_shutdown;
 	void *sk_user_data;
 };
-
 
 struct rb_node;
 

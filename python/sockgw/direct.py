@@ -31,7 +31,7 @@ import sys
 import termios
 import warnings
 from collections import deque
-from contextlib import ExitStack
+from contextlib import ExitStack, contextmanager
 from importlib.resources import as_file, files
 from typing import TYPE_CHECKING, Any, Final
 
@@ -68,6 +68,7 @@ _REFUSALS: Final = {
 
 _PROOF_BYTES: Final = 100
 _PROOF_S: Final = 5.0
+_HOST: Final = "127.0.0.1"
 
 
 class DirectSlot:
@@ -221,10 +222,11 @@ class Direct:
         """Load the object, with room for `sessions`, and attach it to `cgroup`.
 
         That is where the applications are; this process's own cgroup, if that is
-        not below, has a program that sees to our sockets alone. At most `bound_bytes` of a direction lie unread in its receiver's queue.
-        All `workers` of all `processes`: those are forked afterwards, and each
-        calls `narrow`. Raises `VerifierError` or `DatapathError`, and leaves
-        nothing behind then.
+        not below, has a program that sees to our sockets alone. At most
+        `bound_bytes` of a direction lie unread in its receiver's queue. All
+        `workers` of all `processes`: those are forked afterwards, and each calls
+        `narrow`. Raises `VerifierError` or `DatapathError`, and leaves nothing
+        behind then.
         """
         with ExitStack() as resources:
             with as_file(files("sockgw._bpf").joinpath("direct.bpf.o")) as path:
@@ -253,7 +255,7 @@ class Direct:
             return direct
 
     def _start_guard(self) -> None:
-        """Fork a process that outlives this one and takes the applications' sockets out of the maps.
+        """Fork a process that outlives this one, and takes all sockets out of the maps then.
 
         A socket in the maps holds the program that it sends by, which holds the
         maps: all of it would stay until the applications close their sockets.
@@ -338,7 +340,7 @@ class Direct:
             DirectSlot(self._ask, self._words, down),
         )
         try:
-            answer = _answer(self._ask, lib.DIRECT_WATCH, first, *cookies, worker)
+            answer = _answer(self._ask, lib.DIRECT_WATCH, first, cookies, worker)
         except DatapathError:
             self._free.appendleft(index)
             raise
@@ -406,7 +408,7 @@ def prove() -> str:
             sessions=1, workers=1, cgroup=features.own_cgroup2(), bound_bytes=DIRECT_BOUND_BYTES
         )
         stack.callback(direct.close)
-        client, near, far, backend = stack.enter_context(_Session(direct)).sockets
+        client, near, far, backend = stack.enter_context(_session(direct))
         pair, _ = direct.watch(near, far, 0)
         if pair is None:
             raise OSError(errno.EIO, "the sockets of two connections were not captured")
@@ -441,38 +443,29 @@ def prove() -> str:
     return lack
 
 
-class _Session:
-    """A client, our two sockets, a backend: two connections on the loopback."""
-
-    def __init__(self, direct: Direct) -> None:
-        """Connect them as a gateway would."""
-        with ExitStack() as stack:
-            server = stack.enter_context(socket.create_server(("127.0.0.1", 0)))
-            with socket.socket() as listener:
-                listener.bind(("127.0.0.1", 0))
-                direct.listen(listener)
-                listener.listen()
-                client = stack.enter_context(
-                    socket.create_connection(listener.getsockname(), timeout=_PROOF_S)
-                )
-                near = stack.enter_context(listener.accept()[0])
-                direct.unlisten(listener)
-            far = stack.enter_context(socket.socket())
-            direct.dial(far)
-            far.connect(server.getsockname())
-            backend = stack.enter_context(server.accept()[0])
-            self.sockets = client, near, far, backend
-            for sock in self.sockets:
-                sock.settimeout(_PROOF_S)
-            self._stack = stack.pop_all()
-
-    def __enter__(self) -> _Session:
-        """Return it, connected."""
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        """Close all four."""
-        self._stack.close()
+@contextmanager
+def _session(
+    direct: Direct,
+) -> Iterator[tuple[socket.socket, socket.socket, socket.socket, socket.socket]]:
+    """Connect a client, our two sockets and a backend on the loopback, as a gateway would."""
+    with ExitStack() as stack:
+        server = stack.enter_context(socket.create_server((_HOST, 0)))
+        with socket.socket() as listener:
+            listener.bind((_HOST, 0))
+            direct.listen(listener)
+            listener.listen()
+            client = stack.enter_context(
+                socket.create_connection(listener.getsockname(), timeout=_PROOF_S)
+            )
+            near = stack.enter_context(listener.accept()[0])
+            direct.unlisten(listener)
+        far = stack.enter_context(socket.socket())
+        direct.dial(far)
+        far.connect(server.getsockname())
+        backend = stack.enter_context(server.accept()[0])
+        for sock in (client, near, far, backend):
+            sock.settimeout(_PROOF_S)
+        yield client, near, far, backend
 
 
 def _exchange(
@@ -491,10 +484,10 @@ def _listener(sock: socket.socket) -> bytes:
 
 
 def _answer(
-    program: int, question: int, slot: int, client: int = 0, backend: int = 0, worker: int = 0
+    program: int, question: int, slot: int, cookies: tuple[int, int] = (0, 0), worker: int = 0
 ) -> int:
     """Ask sock_direct_ask; return its enum direct_answer. Raises DatapathError."""
-    ask = ffi.new("struct direct_ask *", (question, slot, client, backend, worker, 0))
+    ask = ffi.new("struct direct_ask *", (question, slot, *cookies, worker, 0))
     answer: int = lib.sgw_direct_ask(program, ask)
     if answer < 0:
         raise DatapathError(-answer, "run", "sock_direct_ask")

@@ -11,7 +11,7 @@ import functools
 import socket
 import struct
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Final
+from typing import TYPE_CHECKING, Final
 
 if TYPE_CHECKING:
     from sockgw._bpf.loop import Guard, Run

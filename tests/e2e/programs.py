@@ -25,6 +25,10 @@ if TYPE_CHECKING:
 # Which Debian package has a program.
 _PACKAGES = {
     "curl": "curl",
+    "iperf3": "iperf3",
+    "java": "openjdk-17-jdk-headless",
+    "node": "nodejs",
+    "wrk": "wrk",
     "nginx": "nginx-light",
     "redis-server": "redis-server",
     "redis-benchmark": "redis-tools",

@@ -37,7 +37,6 @@ from .traffic import (
     receive,
     receive_exactly,
     send,
-    send_and_finish,
 )
 from .waits import DEADLINE_S, eventually
 
@@ -264,9 +263,7 @@ def test_gateway_killed_under_load(
 # --- who is captured
 
 
-def test_third_party(
-    gateway: StartGateway, backend: Backend, session: OpenSession
-) -> None:
+def test_third_party(gateway: StartGateway, backend: Backend, session: OpenSession) -> None:
     """Connections to the same backend without the gateway, and to others, stay what they are."""
     running = gateway(backend.address)
     client, server = session(running, backend)
@@ -495,9 +492,7 @@ def test_file_sent_by_sendfile(
     assert after > before
 
 
-def test_zero_copy_sender(
-    gateway: StartGateway, backend: Backend, session: OpenSession
-) -> None:
+def test_zero_copy_sender(gateway: StartGateway, backend: Backend, session: OpenSession) -> None:
     """A MSG_ZEROCOPY sender is told of each send that its pages are free; it stays on TCP."""
     running = gateway(backend.address)
     client, server = session(running, backend)

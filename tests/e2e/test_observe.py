@@ -81,7 +81,7 @@ def test_access_log(
         if up and down:
             assert line["path"] == path.label
             assert (line.bytes("to_backend", "splice") > 0) == path.is_spliced
-            assert (line.bytes("to_backend", path.label) > 0)
+            assert line.bytes("to_backend", path.label) > 0
         if not path.is_spliced:
             assert line.bytes("to_backend", "splice") == line.bytes("to_client", "splice") == 0
         # The kernel's own figures need the program that follows our sockets.

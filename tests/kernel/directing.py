@@ -14,6 +14,7 @@ import socket
 import struct
 import threading
 import time
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pytest
@@ -107,9 +108,7 @@ class Directed:
 
     def ends(self, way: Way) -> tuple[socket.socket, socket.socket]:
         """Return the applications' sockets: who sends and who receives on `way`."""
-        return (
-            (self.client, self.backend) if way is Way.TO_BACKEND else (self.backend, self.client)
-        )
+        return (self.client, self.backend) if way is Way.TO_BACKEND else (self.backend, self.client)
 
     def ours(self, way: Way) -> tuple[socket.socket, socket.socket]:
         """Return our two sockets: where bytes of `way` come in, and where they leave."""
@@ -193,12 +192,11 @@ def reading(sock: socket.socket, length: int, flags: int = 0) -> Iterator[list[b
 def await_sleeping(thread: threading.Thread) -> None:
     """Wait until `thread` sleeps in the kernel's recv()."""
     deadline_s = time.monotonic() + DEADLINE_S
-    stat = f"/proc/{os.getpid()}/task/{thread.native_id}/"
+    task = Path(f"/proc/{os.getpid()}/task/{thread.native_id}")
     while True:
-        with open(stat + "syscall") as call, open(stat + "stat") as state:
-            is_reading = call.read().split()[0] == _RECVFROM
-            if is_reading and state.read().rpartition(")")[2].split()[0] == "S":
-                return
+        is_reading = (task / "syscall").read_text().split()[0] == _RECVFROM
+        if is_reading and (task / "stat").read_text().rpartition(")")[2].split()[0] == "S":
+            return
         assert time.monotonic() < deadline_s, "the thread does not wait in recv()"
         time.sleep(0.001)
 

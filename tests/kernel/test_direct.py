@@ -73,9 +73,7 @@ def narrow(_direct_works: None, family: socket.AddressFamily) -> Iterator[Direct
 
 
 @pytest.fixture
-def sessions(
-    direct: Direct, family: socket.AddressFamily
-) -> Iterator[Callable[[], Directed]]:
+def sessions(direct: Direct, family: socket.AddressFamily) -> Iterator[Callable[[], Directed]]:
     """Make sessions, and close them after the test."""
     made: list[Directed] = []
 
@@ -120,7 +118,7 @@ def test_nothing_is_handed_over_before_it_is_opened(
 def test_bytes_at_each_place_on_the_way(sessions: Callable[[], Directed], way: Way) -> None:
     """While bytes are with us, on their way, or unread, the next ones go behind them by TCP."""
     session = sessions().open()
-    sender, receiver = session.ends(way)
+    _, receiver = session.ends(way)
     source, target = session.ours(way)
     slot = session.slot(way)
     # Something that has to go by TCP: sent while the receiver has a mark against it.
@@ -168,7 +166,7 @@ def test_reader_that_waits_for_more_than_there_is(session: Directed, way: Way) -
     What is handed over it would not see: it would wait on, and return with
     later bytes.
     """
-    sender, receiver = session.ends(way)
+    _, receiver = session.ends(way)
     receiver.setsockopt(socket.SOL_SOCKET, socket.SO_RCVLOWAT, 2)  # one message by TCP
     assert not session.handed_over(way, b"first")
     receiver.setsockopt(socket.SOL_SOCKET, socket.SO_RCVLOWAT, 1)
@@ -248,7 +246,7 @@ def test_bound(narrow: Directed, way: Way) -> None:
 
 def test_bound_of_small_messages(session: Directed, way: Way) -> None:
     """Messages of one byte are charged for what they take: no more than the bound of them."""
-    sender, receiver = session.ends(way)
+    _, receiver = session.ends(way)
     most = BOUND_BYTES // _MESSAGE_BYTES
     sent = 0
     while session.handed_over(way, b"x"):
@@ -433,7 +431,7 @@ def test_send_behind_a_fin(session: Directed, way: Way) -> None:
 
 def test_send_to_a_receiver_that_is_gone(session: Directed, way: Way) -> None:
     """What cannot be handed over any more goes by TCP: the sender is told of no error."""
-    sender, receiver = session.ends(way)
+    _, receiver = session.ends(way)
     assert session.handed_over(way, b"x")
     receiver.recv(1)
     receiver.close()
@@ -467,7 +465,7 @@ def test_forgotten_session(session: Directed, way: Way) -> None:
     assert session.ours(way)[0].recv(1) == b"y"
 
 
-def test_end_of_the_gateway(_direct_works: None, family: socket.AddressFamily) -> None:
+def test_end_of_the_gateway(family: socket.AddressFamily) -> None:
     """When the programs go, applications' sockets go on by TCP; nothing is left on them."""
     _, before = held()
     loaded = _load(BOUND_BYTES)

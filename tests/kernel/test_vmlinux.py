@@ -23,7 +23,7 @@ from sockgw._bpf import features
 
 BPF = Path(__file__).parents[2] / "bpf"
 HEADER = BPF / "vmlinux.h"
-SOURCES = (BPF / "sockmap.bpf.c", BPF / "wire.bpf.c")
+SOURCES = (BPF / "sockmap.bpf.c", BPF / "wire.bpf.c", BPF / "direct.bpf.c")
 
 # Constants that are no enumerators, and so not in BTF, are here.
 MACRO_HEADERS = ("linux/pkt_cls.h",)
@@ -298,6 +298,9 @@ def test_nothing_is_declared_that_no_program_touches() -> None:
     source = "".join(without_comments(path.read_text()) for path in SOURCES)
     words = set(re.findall(r"\w+", source))
     accessed = set(re.findall(r"(?:->|\.)\s*(\w+)", source))
+    # BPF_CORE_READ(pointer, field, field.of_that), bpf_core_field_offset(struct, field).
+    for named in re.findall(r"(?:BPF_CORE_READ|bpf_core_field_offset)\(([^;]*)\)", source):
+        accessed |= set(re.findall(r"\w+", named.partition(",")[2]))
     words |= {name for field in FIELDS.values() for name in records_in(field.type)}
     assert {name for name in (*RECORDS, *ENUMERATORS) if name not in words} == set()
     relocated = relocated_records()

@@ -199,7 +199,9 @@ class Object:
         """Give the object's ``const volatile`` variables, all of them, these values."""
         handle = self._handle(".rodata")
         _check(
-            lib.bpf_map__set_initial_value(handle, data, len(data)), "set the constants of", self._name
+            lib.bpf_map__set_initial_value(handle, data, len(data)),
+            "set the constants of",
+            self._name,
         )
 
     def skip(self, name: str) -> None:
