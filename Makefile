@@ -39,8 +39,11 @@ TEST_NEEDS := \
 	ethtool:ethtool \
 	haproxy:haproxy \
 	iperf3:iperf3 \
+	java:openjdk-17-jdk-headless \
 	nft:nftables \
 	nginx:nginx-light \
+	node:nodejs \
+	/usr/include/liburing.h:liburing-dev \
 	/usr/lib/postgresql/*/bin/pgbench:postgresql \
 	redis-benchmark:redis-tools \
 	redis-server:redis-server \

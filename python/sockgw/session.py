@@ -40,6 +40,11 @@ end
     the target's TCP (ENDING). Until then a half-close would cut the backlog.
     Bytes still passed at that point (LEFTOVER) go the way of a spill first.
 
+Direct has no state of its own: its direction is COPYING, and what the kernel
+hands over past us is never both before and behind bytes that we hold. What we
+read may be OVERTAKEN by what was handed over before it, as above, and the flush
+is then the receiver's: it has read all of it.
+
 A direction that never was in the map has no kernel owner: its gates are open
 and it walks WAITING, COPYING, ENDING, ENDED. A faster path joins as a state
 beside SPLICED, with its own gates and the same two ends.
