@@ -362,15 +362,19 @@ static __always_inline void note_passive(struct bpf_sock_ops *ops, struct bpf_so
 
 /* close() by an application. With bytes unread TCP answers with a reset; of what was
  * handed over it knows nothing, and sends a FIN: userspace makes a reset of it. The
- * socket is out of the map by now (shutdown() leaves it there), but what it had is
- * still charged to it.
+ * socket is out of the map by now (shutdown() leaves it there), and what TCP had for it
+ * is freed, but what was handed over is still charged to it. Not so when the other
+ * side's FIN comes in the midst of it, which is another change of state.
  */
-static __always_inline void note_close(struct bpf_sock *sk, struct tcp_sock *tcp)
+static __always_inline void note_close(struct bpf_sock_ops *ops, struct bpf_sock *sk,
+				       struct tcp_sock *tcp)
 {
 	struct app *app = bpf_sk_storage_get(&direct_apps, sk, NULL, 0);
 	struct sock *kernel = (struct sock *)tcp;
 	struct direct_slot *slot;
 
+	if (ops->args[1] != BPF_TCP_FIN_WAIT1 && ops->args[1] != BPF_TCP_LAST_ACK)
+		return;
 	if (!app || !READ_ONCE(app->has_slots) || psock_of(kernel))
 		return;
 	slot = slot_at(app->slot_in);
@@ -402,7 +406,7 @@ static __always_inline int note(struct bpf_sock_ops *ops, bool is_capturing)
 	else if (ops->op == BPF_SOCK_OPS_PASSIVE_ESTABLISHED_CB)
 		note_passive(ops, sk, tcp, is_capturing);
 	else
-		note_close(sk, tcp);
+		note_close(ops, sk, tcp);
 	return 1;
 }
 
@@ -592,8 +596,9 @@ static __always_inline bool may_go_direct(struct app *app, struct direct_slot *s
  * TCP -> direct: a message is handed over only if everything of this direction that
  * went into TCP has been taken out of it by the receiver: sent and read, counted from
  * when both sockets were established, are equal. So it is nowhere: not in our
- * sockets, not in userspace, not on its way. The sender's lock is held: nothing is
- * added to TCP until the message is in the queue.
+ * sockets, not in userspace, not on its way. (The sender's lock is held here, and not
+ * while the message is queued: what two threads send at once is in either order, as
+ * ever; what one sends after another's send() has returned is behind it.)
  *
  * direct -> TCP: what goes into TCP now comes to our socket, and userspace sends it on
  * only after the receiver has read all that was handed over before (sockgw.direct).

@@ -91,7 +91,9 @@ enum {
 };
 
 enum {
+	BPF_TCP_FIN_WAIT1 = 4,
 	BPF_TCP_CLOSE = 7,
+	BPF_TCP_LAST_ACK = 9,
 };
 
 enum sk_action {

@@ -38,7 +38,7 @@ if TYPE_CHECKING:
 
     from .network import Host
 
-SOCKGW_PATHS: Final = ("off", "splice", "wire")
+SOCKGW_PATHS: Final = ("off", "splice", "wire", "direct")
 """The values of --accel that are measured. A new path is added here."""
 
 _SPARE_FDS: Final = 200  # listeners, epolls, logs, libraries

@@ -2,7 +2,7 @@
 """What sockgw must reach: which figure of which workload, and against whom.
 
 That is the best of the others; for the idle sessions, sockgw without them; for
-wire, also no proxy at all.
+wire and direct, also no proxy at all.
 """
 
 from __future__ import annotations
@@ -70,10 +70,11 @@ class Target:
 
 
 def targets(network: str) -> Iterator[Target]:
-    """Yield the table of what sockgw must reach; beyond loopback, that is wire's part of it."""
+    """Yield the table of what sockgw must reach; beyond loopback, what wire and direct must."""
     if network == "loopback":
         yield from _loopback_targets()
     yield from _wire_targets()
+    yield from _direct_targets()
 
 
 def _loopback_targets() -> Iterator[Target]:
@@ -112,6 +113,17 @@ def _wire_targets() -> Iterator[Target]:
         yield Target(workload, THROUGHPUT, "wire", 0.95, opponent=nobody)
         yield Target(workload, THROUGHPUT, "wire", 2.5)
     yield Target("new-connections", THROUGHPUT, "wire", 1.0, opponent=splice)
+
+
+def _direct_targets() -> Iterator[Target]:
+    nobody = OPPONENTS[0].name
+    for workload in ("keepalive-1", "keepalive-100", "keepalive-1000"):
+        yield Target(workload, THROUGHPUT, "direct", 1.1, opponent=nobody)
+        yield Target(workload, P99, "direct", 1.0, opponent=nobody)
+        yield Target(workload, MACHINE_CPU, "direct", 1.0, opponent=nobody)
+        yield Target(workload, THROUGHPUT, "direct", 2.5)
+    for workload in ("bulk-1", "bulk-1-back"):
+        yield Target(workload, THROUGHPUT, "direct", 0.9, opponent=nobody)
 
 
 def best(results: Results, workload: str, figure: Figure) -> str | None:

@@ -19,6 +19,7 @@ from sockgw.config import (
     parse_address_or_off,
     parse_choice,
     parse_count,
+    parse_size,
     parse_seconds,
     parse_seconds_or_zero,
 )
@@ -250,3 +251,21 @@ def test_ipv6_is_written_one_way(address: ipaddress.IPv6Address) -> None:
     """Every spelling of an IPv6 address reads as its shortest one."""
     text = f"[{address.exploded}]:1"
     assert Address.parse(text, option="--listen", port_zero=False).host == str(address)
+
+
+@pytest.mark.parametrize(
+    ("text", "size"),
+    [("1", 1), ("65536", 65536), ("64K", 65536), ("4M", 4 << 20), ("1G", 1 << 30)],
+)
+def test_size(text: str, size: int) -> None:
+    """A number of bytes, or of KiB, MiB or GiB."""
+    assert parse_size(text, option="--direct-bound") == size
+
+
+@pytest.mark.parametrize(
+    "text", ["", "0", "-1", "1.5M", "4MB", "4m", " 4M", "2G", "1073741825", "9" * 5000, "K"]
+)
+def test_size_that_is_none(text: str) -> None:
+    """Anything else, nothing at all and more than a GiB is refused, with what would be right."""
+    with pytest.raises(ConfigError, match=r"^--direct-bound .*: write a number of bytes from 1"):
+        parse_size(text, option="--direct-bound")

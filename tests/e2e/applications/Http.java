@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 // The JDK's http server and client: `java Http.java serve PORT` answers with what it was
 // sent; `java Http.java ask PORT N` sends N bodies of growing size and checks each.
 import com.sun.net.httpserver.HttpServer;

@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 // Node's http server and client: `node http.js serve PORT` answers with what it was sent;
 // `node http.js ask PORT N` sends N bodies of growing size on one connection and checks each.
 "use strict";
