@@ -66,7 +66,7 @@ in_kernel = pytest.mark.parametrize(
 
 # For those about what the verdict does.
 spliced = pytest.mark.parametrize(
-    "path", [path for path in PATHS if path.is_spliced], indirect=True, ids=lambda path: path.name
+    "path", each(*(path for path in PATHS if path.is_spliced)), indirect=True
 )
 
 # For what one session may hold: it lives in one process, however many there are.

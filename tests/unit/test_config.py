@@ -19,9 +19,9 @@ from sockgw.config import (
     parse_address_or_off,
     parse_choice,
     parse_count,
-    parse_size,
     parse_seconds,
     parse_seconds_or_zero,
+    parse_size,
 )
 from sockgw.errors import ConfigError
 
