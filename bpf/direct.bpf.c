@@ -29,7 +29,6 @@ char LICENSE[] SEC("license") = "Dual BSD/GPL";
 #define AF_INET 2
 #define AF_INET6 10
 #define MAPPED bpf_htonl(0xffff) /* the third word of ::ffff:a.b.c.d */
-#define SEND_SHUTDOWN 2
 #define MSG_WAITALL 0x100
 #define PSOCK_MASK (~7UL) /* the low bits of sk_user_data are flags */
 
@@ -548,9 +547,6 @@ static __always_inline bool may_go_direct(struct app *app, struct direct_slot *s
 	__s32 queued;
 	__u8 state;
 
-	/* After its FIN send() has to fail. */
-	if (self->sk_shutdown & SEND_SHUTDOWN)
-		return false;
 	if (functions_of(self) != functions[is_v6(self)].sending)
 		return false;
 
@@ -566,6 +562,7 @@ static __always_inline bool may_go_direct(struct app *app, struct direct_slot *s
 	    BPF_CORE_READ(receiver, sk_peek_off) >= 0)
 		return false;
 
+	/* Not behind a FIN: send() has to fail. */
 	state = BPF_CORE_READ(receiver, __sk_common.skc_state);
 	if (state != TCP_ESTABLISHED && state != TCP_FIN_WAIT1 && state != TCP_FIN_WAIT2)
 		return false;

@@ -235,7 +235,6 @@ struct sock {
 	struct xfrm_policy *sk_policy[2];
 	int sk_wmem_queued;
 	int sk_sndbuf;
-	__u8 sk_shutdown;
 	void *sk_user_data;
 };
 
