@@ -29,7 +29,9 @@ char LICENSE[] SEC("license") = "Dual BSD/GPL";
 #define AF_INET 2
 #define AF_INET6 10
 #define MAPPED bpf_htonl(0xffff) /* the third word of ::ffff:a.b.c.d */
+#define MSG_DONTWAIT 0x40 /* of a socket with O_NONBLOCK, too */
 #define MSG_WAITALL 0x100
+#define O_NONBLOCK 04000
 #define PSOCK_MASK (~7UL) /* the low bits of sk_user_data are flags */
 
 /* Bytes that may lie in a receiver's queue; userspace sets it before the load. */
@@ -313,6 +315,9 @@ static __always_inline void note_active(struct bpf_sock_ops *ops, struct bpf_soc
 		/* It connects to somebody else: it is left alone. */
 		if (!is_capturing || !bpf_map_lookup_elem(&direct_syns, &birth.flow))
 			return;
+		/* It will wait in recv(), see sock_direct_read. */
+		if (!(BPF_CORE_READ((struct sock *)tcp, sk_socket, file, f_flags) & O_NONBLOCK))
+			return;
 		/* TCP fast open: bytes were sent before now. */
 		if (tcp->write_seq != tcp->snd_una || tcp->bytes_acked > 1)
 			return;
@@ -461,6 +466,11 @@ static __always_inline void refuse(struct app *app, __u32 refusal)
  * counts what has been taken out of TCP by calls that are over. What splice(2) takes
  * is not counted: who uses it has nothing handed over.
  *
+ * A recv() that waits in tcp_bpf_recvmsg() waits once: whatever wakes it (room to
+ * send, a reset, a signal), it returns EAGAIN if there is nothing to read then. TCP's own
+ * would wait on. So who waits there is left to TCP, and userspace takes its socket out
+ * of the map.
+ *
  * A recv() with MSG_WAITALL that finds bytes which were handed over returns with
  * those, be they too few: whoever uses it is left on TCP. Nothing goes direct before
  * an application has read for the first time, so that it is known then.
@@ -476,6 +486,8 @@ int BPF_PROG(sock_direct_read, struct sock *sk, int bytes, int flags)
 
 	if (!app)
 		return 0;
+	if (!(flags & MSG_DONTWAIT))
+		refuse(app, DIRECT_BLOCKS);
 	if (flags & MSG_WAITALL || sk->sk_rcvlowat > 1)
 		refuse(app, DIRECT_WAITS_FOR_ALL);
 	if (sk->sk_peek_off >= 0)

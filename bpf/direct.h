@@ -20,6 +20,7 @@
 /* Why the bytes of a direction stay on TCP for good. */
 enum direct_refusal {
 	DIRECT_FITS,
+	DIRECT_BLOCKS, /* its receiver waits in recv() */
 	DIRECT_WAITS_FOR_ALL, /* its receiver uses MSG_WAITALL or SO_RCVLOWAT */
 	DIRECT_PEEKS, /* its receiver uses SO_PEEK_OFF */
 	DIRECT_ZEROCOPY, /* its sender uses SO_ZEROCOPY */

@@ -206,6 +206,14 @@ struct dst_entry {
 	struct xfrm_state *xfrm;
 };
 
+struct file {
+	unsigned int f_flags;
+};
+
+struct socket {
+	struct file *file;
+};
+
 struct sock_common {
 	unsigned short skc_family;
 	volatile unsigned char skc_state;
@@ -236,6 +244,7 @@ struct sock {
 	int sk_wmem_queued;
 	int sk_sndbuf;
 	void *sk_user_data;
+	struct socket *sk_socket;
 };
 
 struct rb_node;

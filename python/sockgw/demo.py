@@ -200,7 +200,9 @@ class _Gateway:
 
     def connect(self, service: bytes) -> socket.socket:
         """Open a session and tell the backend what it is for."""
-        sock = socket.create_connection(self._address)
+        # With a timeout it is the interpreter that waits, and not recv(): nothing goes
+        # direct to who waits in there.
+        sock = socket.create_connection(self._address, _DEADLINE_S)
         sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         sock.sendall(service)
         return sock
@@ -245,8 +247,9 @@ class _Service(socketserver.BaseRequestHandler):
     def handle(self) -> None:
         """Serve the connection to its end."""
         self.request.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        self.request.settimeout(_DEADLINE_S)  # as in connect()
         serve = {b"E": self.echo, b"T": self.take, b"G": self.give, b"A": self.answer}
-        with contextlib.suppress(ConnectionError, KeyError):  # the client is gone
+        with contextlib.suppress(ConnectionError, KeyError, TimeoutError):  # the client is gone
             serve[self.request.recv(1)]()
 
     def echo(self) -> None:

@@ -31,7 +31,7 @@ import sys
 import termios
 import warnings
 from collections import deque
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from importlib.resources import as_file, files
 from typing import TYPE_CHECKING, Any, Final
 
@@ -60,6 +60,7 @@ _SO_NETNS_COOKIE: Final = 71
 _SO_MEMINFO: Final = 55
 
 _REFUSALS: Final = {
+    lib.DIRECT_BLOCKS: "blocking",
     lib.DIRECT_WAITS_FOR_ALL: "waits_for_all",
     lib.DIRECT_PEEKS: "peek_offset",
     lib.DIRECT_ZEROCOPY: "zerocopy",
@@ -348,6 +349,20 @@ class Direct:
             return pair, True
         self._free.appendleft(index)
         return None, answer == lib.DIRECT_NOT_YET
+
+    def let_go(self, slot: DirectSlot, reverse: DirectSlot) -> None:
+        """Give the receiver of `slot` its own functions back, if it was handed nothing.
+
+        What it sends, on `reverse`, is TCP's then, too. Without this its recv()
+        may return EAGAIN although it waits (6.18, tcp_bpf_recvmsg).
+        """
+        if slot.bytes:
+            return
+        reverse.words.refusal = reverse.words.refusal or lib.DIRECT_BLOCKS
+        cookie = int(slot.words.receiver).to_bytes(8, sys.byteorder)
+        for sockets in (self._senders, self._sockets):
+            with suppress(DatapathError):  # ENOENT: it was not in there, or is closed
+                sockets.delete(cookie)
 
     def forget(self, pair: DirectPair) -> None:
         """Leave a session's applications to themselves; our sockets are closed."""

@@ -43,6 +43,7 @@ _GRACE_S: Final = 0.05
 """How long the last bytes before a reset may take to reach the other side."""
 _LATE_S: Final = 0.1
 """A session that was streaming is paired when it is silent for so long."""
+_BLOCKING: Final = "blocking"  # sockgw.direct has it, which needs the binding
 _SETTLE_S: Final = 0.001
 _FINISH: Final = struct.pack("ii", 0, 0)
 _ABORT: Final = struct.pack("ii", 1, 0)  # struct linger: on, 0 s: close() resets
@@ -455,6 +456,9 @@ class Session:
         if reason is None:
             return
         self.tally.fallbacks[reason] += 1
+        if reason == _BLOCKING and self._worker.direct is not None and self.direct is not None:
+            to_backend, to_client = self.direct.to_backend, self.direct.to_client
+            self._worker.direct.let_go(slot, to_client if slot is to_backend else to_backend)
         if self.direct is not None and self.direct.is_refused:
             self.later(_LATE_S, self._speed_up_late)
 

@@ -77,6 +77,7 @@ FALLBACK_REASONS = (
     "invalid_socket",
     "no_room",
     "not_captured",
+    "blocking",
     "waits_for_all",
     "peek_offset",
     "zerocopy",

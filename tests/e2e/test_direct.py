@@ -427,8 +427,8 @@ def _collect(read: Callable[[], bytes]) -> Receipt:
 
 
 READERS = {
-    "blocking": (_read_blocking, True),
-    "SO_RCVTIMEO": (_read_with_timeout, True),
+    "blocking": (_read_blocking, False),
+    "SO_RCVTIMEO": (_read_with_timeout, False),
     "poll": (_read_with_poll, True),
     "EPOLLET": (_read_edge_triggered, True),
     "MSG_PEEK": (_read_after_peeking, True),

@@ -47,6 +47,7 @@ class Directed:
         hosts: tuple[str, str] | None = None,
         ports: tuple[int, int, int, int] = (0, 0, 0, 0),
         server: socket.socket | None = None,
+        is_blocking: bool = False,
     ) -> None:
         """Connect both sides, each where its context puts it; the session is not watched yet.
 
@@ -68,7 +69,7 @@ class Directed:
             with client_at():
                 self.client = socket.socket(family)
             bind(self.client, ours if ports[0] else "", ports[0])
-            self.client.settimeout(DEADLINE_S)
+            self.client.settimeout(None if is_blocking else DEADLINE_S)
             self.client.connect(listener.getsockname()[:2])
             self.near, _ = listener.accept()
             direct.unlisten(listener)

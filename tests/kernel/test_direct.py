@@ -12,7 +12,9 @@ import contextlib
 import fcntl
 import select
 import socket
+import struct
 import termios
+import threading
 import time
 from typing import TYPE_CHECKING
 
@@ -21,7 +23,7 @@ import pytest
 from sockgw._bpf import features
 from sockgw.session import Way
 
-from .directing import Directed, exactly, is_silent, reading
+from .directing import Directed, await_sleeping, exactly, is_silent, reading
 from .leftovers import exists, held
 from .netns import Network
 from .pairing import DEADLINE_S, HOSTS, reverse_of
@@ -178,7 +180,7 @@ def test_reader_that_waits_for_more_than_there_is(session: Directed, way: Way) -
         assert not session.handed_over(way, b"last")
         session.relay(way, 4)
     assert got == [b"firstsecondlast"]
-    assert session.slot(way).refusal() == "waits_for_all"
+    assert session.slot(way).refusal() == "blocking"
     assert not session.handed_over(way, b"more")
 
 
@@ -207,12 +209,9 @@ def test_who_waits_for_all_stays_on_tcp(
         flags = socket.MSG_WAITALL
     else:
         receiver.setsockopt(socket.SOL_SOCKET, socket.SO_RCVLOWAT, 4)
-    sender.sendall(b"ab")
-    session.relay(way, 2)
-    with reading(receiver, 4, flags) as got:
-        sender.sendall(b"cd")
-        session.relay(way, 2)
-    assert got == [b"abcd"]
+    sender.sendall(b"abcd")
+    session.relay(way, 4)
+    assert receiver.recv(4, flags) == b"abcd"
     session.slot(way).open()
     assert not session.handed_over(way, b"e")
     assert session.slot(way).refusal() == "waits_for_all"
@@ -323,11 +322,56 @@ def test_readiness(session: Directed, way: Way) -> None:
 
 
 def test_blocking_reader(session: Directed, way: Way) -> None:
-    """A thread that waits in recv() is woken by what is handed over."""
+    """A thread that waits in recv() is woken by what is handed over, which is then the last."""
     _, receiver = session.ends(way)
     with reading(receiver, 100) as got:
         assert session.handed_over(way, b"hello")
     assert got == [b"hello"]
+    assert not session.handed_over(way, b"by TCP")
+    assert session.slot(way).refusal() == "blocking"
+
+
+def test_socket_that_is_let_go(sessions: Callable[[], Directed], way: Way) -> None:
+    """An application that waits in recv() has its own functions back, before it is handed anything.
+
+    In a sockmap's recv() whatever wakes it ends the wait: a reset would be EAGAIN.
+    """
+    session = sessions().watch()
+    sender, receiver = session.ends(way)
+    with reading(receiver, 1) as got:
+        sender.sendall(b"x")
+        session.relay(way, 1)
+    assert got == [b"x"]
+    slot, reverse = session.slot(way), session.slot(reverse_of(way))
+    assert slot.refusal() == "blocking"
+    known = session.direct.captured()
+    session.direct.let_go(slot, reverse)
+    assert len(session.direct.captured()) == len(known) - 1
+    assert reverse.is_refused
+    errors: list[OSError] = []
+
+    def wait() -> None:
+        try:
+            receiver.recv(1)
+        except OSError as error:
+            errors.append(error)
+
+    receiver.settimeout(None)
+    thread = threading.Thread(target=wait)
+    thread.start()
+    await_sleeping(thread)
+    ours = session.ours(way)[1]
+    ours.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+    ours.close()
+    thread.join(DEADLINE_S)
+    assert isinstance(errors[0], ConnectionResetError)
+
+
+def test_client_that_blocks_is_not_captured(direct: Direct, family: socket.AddressFamily) -> None:
+    """A client whose connect() waits will wait in recv(): its socket is left alone."""
+    session = Directed(direct, family, is_blocking=True)
+    assert session.direct.watch(session.near, session.far, 0) == (None, False)
+    session.close()
 
 
 def test_peek_and_count(session: Directed, way: Way) -> None:
