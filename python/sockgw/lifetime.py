@@ -44,6 +44,8 @@ _GRACE_S: Final = 0.05
 _LATE_S: Final = 0.1
 """A session that was streaming is paired when it is silent for so long."""
 _BLOCKING: Final = "blocking"  # sockgw.direct has it, which needs the binding
+_LET_GO_S: Final = 0.01
+"""What was being handed over when its receiver was found to wait is counted by then."""
 _SETTLE_S: Final = 0.001
 _FINISH: Final = struct.pack("ii", 0, 0)
 _ABORT: Final = struct.pack("ii", 1, 0)  # struct linger: on, 0 s: close() resets
@@ -456,11 +458,19 @@ class Session:
         if reason is None:
             return
         self.tally.fallbacks[reason] += 1
-        if reason == _BLOCKING and self._worker.direct is not None and self.direct is not None:
-            to_backend, to_client = self.direct.to_backend, self.direct.to_client
-            self._worker.direct.let_go(slot, to_client if slot is to_backend else to_backend)
+        if reason == _BLOCKING:
+            self.later(_LET_GO_S, partial(self._let_go, slot))
         if self.direct is not None and self.direct.is_refused:
             self.later(_LATE_S, self._speed_up_late)
+
+    def _let_go(self, slot: DirectSlot) -> None:
+        """Take the socket of an application that waits in recv() out of the maps."""
+        if self._worker.direct is None or self.direct is None:
+            return
+        to_backend, to_client = self.direct.to_backend, self.direct.to_client
+        self._worker.direct.let_go(slot, to_client if slot is to_backend else to_backend)
+        if self.direct.is_refused:
+            self._speed_up_late()
 
     def _speed_up_late(self) -> None:
         """Take a session that was streaming or stalled to a faster path, once it is silent."""
