@@ -171,9 +171,12 @@ test-tools bench-tools:
 BENCH_SETUP := build bench-tools $(VENV)/.group-bench
 TEST_SETUP := build test-tools $(VENV)/.group-test
 
+# Most tests wait for something most of the time.
+IN_PARALLEL := -n 2 --dist worksteal
+
 .PHONY: test
 test: lint $(TEST_SETUP) ## Check the style and run every test but the long ones
-	@$(BIN)/pytest $(PYTEST_ARGS)
+	@$(BIN)/pytest $(IN_PARALLEL) $(PYTEST_ARGS)
 
 .PHONY: test-unit test-kernel test-e2e
 test-unit: build $(VENV)/.group-test ## Run the tests that need neither root nor BPF
