@@ -48,7 +48,7 @@ _RTMGRP_LINK: Final = 1  # linux/rtnetlink.h
 _RTMGRP_ROUTES: Final = 0x40 | 0x80 | 0x400 | 1 << 18  # routes and rules, of both families
 _REST_S: Final = 0.05
 """Between two walks over the sessions, at least ..."""
-_REST_PARTS: Final = 20
+_REST_PARTS: Final = 4
 """... and for so many times as long as the last one took."""
 _RETRY_S: Final = 1.0
 """What has failed may have been for want of a descriptor."""

@@ -91,9 +91,13 @@ def open_on_wire(gateway: Gateway, backend: Backend, count: int) -> list[Ends]:
     for _ in range(count):
         client = connect(gateway.address)
         pairs.append((client, backend.accept()))
-    for client, server in pairs * 3:
-        exchange(client, server)
-    gateway.await_sessions(count, path="wire")
+
+    def talk() -> bool:
+        for client, server in pairs:
+            exchange(client, server)
+        return gateway.metrics().value("gateway_sessions_active", path="wire") == count
+
+    eventually(f"{count} sessions on wire", talk)
     return pairs
 
 

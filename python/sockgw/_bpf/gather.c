@@ -226,16 +226,9 @@ void gather(struct loop *loop, uint32_t index)
 		take_peeked(session);
 		if (is_moving && ++gathering->made > GATHERS_MOST)
 			give_up_wire(loop, index, true);
+	} else if (loop->now_ns - gathering->acked_ns >= GATHER_STALL_NS) {
+		give_up_wire(loop, index, false); /* for the same reason as above */
 	} else {
-		/* For the same reason as above; the moment comes with the acknowledgement. */
-		if (loop->now_ns - gathering->acked_ns >= GATHER_STALL_NS) {
-			take_peeked(session);
-			gathering->acked_ns = loop->now_ns;
-			if (++gathering->made > GATHERS_MOST) {
-				give_up_wire(loop, index, true);
-				return;
-			}
-		}
 		if (is_moving)
 			gathering->pause_ns = GATHER_LOOK_NS;
 		gathering->look_at_ns = loop->now_ns + gathering->pause_ns;

@@ -82,7 +82,7 @@ struct gathering {
 	uint64_t moved_ns[2]; /* by way */
 	uint64_t acked_ns; /* when the peers last acknowledged something */
 	int unacknowledged;
-	uint32_t made; /* moments that were not used, or not to be had */
+	uint32_t made; /* moments that were not used */
 	size_t peeked[2]; /* sent on, and still in the source's queue, by way */
 	uint32_t held_way;
 	size_t held_from;
