@@ -7,7 +7,7 @@ import pytest
 
 from sockgw.session import TABLE, Action, Event, State
 
-EVERYWHERE = {Event.FIN, Event.SPILLED}
+EVERYWHERE = (Event.FIN, Event.SPILLED)
 """They come when they come; the other events answer what the state asked."""
 
 
