@@ -216,15 +216,14 @@ class Datapath:
         self._sessions = sessions
         self._slots = slots
         self._free = deque(range(sessions))
-        rings = bpf_object.map("spill_rings")
-        self._rings: dict[int, libbpf.Ring] = {}
-        resources.callback(self._close_rings)
         # A ring has room for every slot of its process.
         slots_of_one = -(-sessions // processes) * lib.SOCK_SLOTS_PER_SESSION
-        for worker in range(workers):
-            ring = libbpf.Ring(slots_of_one * _SPILLS_PER_SLOT * _SPILL_RECORD_BYTES)
-            self._rings[worker] = ring
-            rings.put(struct.pack("=I", worker), struct.pack("=I", ring.fd))
+        self._rings = libbpf.Rings(
+            bpf_object.map("spill_rings"),
+            workers,
+            slots_of_one * _SPILLS_PER_SLOT * _SPILL_RECORD_BYTES,
+        )
+        resources.callback(self._rings.close)
         self.follows = False
         """Whether the sockops program follows the sockets given to `follow`."""
         self.cgroup_error: DatapathError | None = None
@@ -275,8 +274,7 @@ class Datapath:
         """
         self._sessions = len(sessions)
         self._free = deque(sessions)
-        for worker in [worker for worker in self._rings if worker not in workers]:
-            self._rings.pop(worker).close()
+        self._rings.narrow(workers)
 
     def reclaim(self, workers: range) -> None:
         """Forget the sessions of `workers`, whose process has died and with it their sockets.
@@ -292,11 +290,7 @@ class Datapath:
                 entry = {"pair_map": self._pair_map.fd, "client_cookie": _COOKIE.unpack(cookie)[0]}
                 # Of a pair that got no further there is this one entry.
                 lib.sgw_unpair(ffi.new("struct sgw_pair *", entry), lib.SGW_STEP_PAIR_BACKEND)
-        for worker in workers:
-            # The reader's place is in the shared pages, and moves record by
-            # record: a reader may die anywhere.
-            while self._rings[worker].drain():
-                pass
+        self._rings.empty(workers)
 
     def pair(
         self,
@@ -439,10 +433,6 @@ class Datapath:
             return self._free.popleft()
         except IndexError:
             raise DatapathError(errno.ENOSPC, "pair a session in", "sock_slots") from None
-
-    def _close_rings(self) -> None:
-        while self._rings:
-            self._rings.popitem()[1].close()
 
     @staticmethod
     def _run_steps(request: Any, between: Callable[[str], None] | None) -> tuple[int, int]:  # noqa: ANN401

@@ -24,14 +24,13 @@ from __future__ import annotations
 import errno
 import fcntl
 import mmap
-import os
 import socket
 import struct
 import sys
 import termios
-import warnings
 from collections import deque
 from contextlib import ExitStack, contextmanager, suppress
+from functools import partial
 from importlib.resources import as_file, files
 from typing import TYPE_CHECKING, Any, Final
 
@@ -39,6 +38,7 @@ from sockgw._bpf import features, libbpf
 from sockgw._bpf._binding import ffi, lib
 from sockgw.config import DIRECT_BOUND_BYTES
 from sockgw.errors import DatapathError, UnsupportedKernelError
+from sockgw.guard import guard
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -201,14 +201,13 @@ class Direct:
         resources.callback(ffi.release, self._words)
         self._free = deque(range(sessions))
         self._sessions = sessions
-        rings = bpf_object.map("direct_rings")
-        self._rings: dict[int, libbpf.Ring] = {}
-        resources.callback(self._close_rings)
         slots_of_one = -(-sessions // processes) * lib.SOCK_SLOTS_PER_SESSION
-        for worker in range(workers):
-            ring = libbpf.Ring(slots_of_one * _RECORDS_PER_SLOT * _RECORD_BYTES)
-            self._rings[worker] = ring
-            rings.put(struct.pack("=I", worker), struct.pack("=I", ring.fd))
+        self._rings = libbpf.Rings(
+            bpf_object.map("direct_rings"),
+            workers,
+            slots_of_one * _RECORDS_PER_SLOT * _RECORD_BYTES,
+        )
+        resources.callback(self._rings.close)
 
     @classmethod
     def load(
@@ -261,27 +260,15 @@ class Direct:
         A socket in the maps holds the program that it sends by, which holds the
         maps: all of it would stay until the applications close their sockets.
         """
-        alive, our_end = os.pipe()
-        with warnings.catch_warnings():
-            # Python 3.12 warns of threads; the child calls C, which needs none of them.
-            warnings.simplefilter("ignore", DeprecationWarning)
-            pid = os.fork()
-        if pid == 0:
-            try:
-                os.setsid()  # what is sent to our group, by a terminal say, is not for it
-                lib.sgw_direct_guard(alive, self._senders.fd, self._sockets.fd)
-            finally:
-                os._exit(1)
-        os.close(alive)
-        self._resources.callback(os.waitpid, pid, 0)
-        self._resources.callback(os.close, our_end)
+        self._resources.enter_context(
+            guard(partial(lib.sgw_direct_guard, self._senders.fd, self._sockets.fd))
+        )
 
     def narrow(self, sessions: range, workers: range) -> None:
         """Make this, a forked process's copy, the one of `workers` and their `sessions`."""
         self._free = deque(sessions)
         self._sessions = len(sessions)
-        for worker in [worker for worker in self._rings if worker not in workers]:
-            self._rings.pop(worker).close()
+        self._rings.narrow(workers)
 
     def reclaim(self, sessions: range, workers: range) -> None:
         """Forget the `sessions` of a process that has died, and with it our sockets."""
@@ -290,9 +277,7 @@ class Direct:
         ):
             if self._words[index].sender:
                 _answer(self._ask, lib.DIRECT_FORGET, index)
-        for worker in workers:
-            while self._rings[worker].drain():
-                pass
+        self._rings.empty(workers)
 
     def listen(self, sock: socket.socket) -> None:
         """Capture the clients of `sock`, which is bound and not yet listening."""
@@ -403,10 +388,6 @@ class Direct:
     def close(self) -> None:
         """Detach and free everything; every session must be forgotten."""
         self._resources.close()
-
-    def _close_rings(self) -> None:
-        while self._rings:
-            self._rings.popitem()[1].close()
 
 
 def prove() -> str:

@@ -53,6 +53,7 @@ class Gateway:
         self.address = ""
         self._config = config
         self._tally = Tally()  # what no worker counts: the fallbacks at start
+        self._found: tuple[features.Feature, ...] = ()  # probed once; by `_load`, which is first
         self._listener: Listener | None = None
         self._datapath: Datapath | None = None
         self._wire: Wire | None = None
@@ -250,7 +251,7 @@ class Gateway:
         if accel is Accel.OFF:
             return None
         is_demanded = accel in {Accel.DIRECT, Accel.SPLICE, Accel.WIRE}
-        found = features.all(self._config.cgroup)
+        self._found = found = features.all(self._config.cgroup)
         obstacle = features.first_obstacle(Path.SPLICE.value, found)
         if obstacle is not None:
             if is_demanded:
@@ -285,7 +286,7 @@ class Gateway:
         config = self._config
         if config.accel is not Accel.DIRECT:
             return None
-        obstacle = features.first_obstacle(Path.DIRECT.value, features.all(config.cgroup))
+        obstacle = features.first_obstacle(Path.DIRECT.value, self._found)
         if obstacle is not None:
             raise UnsupportedKernelError("--accel direct", str(obstacle))
         # Imported late: without the binding there is no such module.
@@ -329,7 +330,7 @@ class Gateway:
             return None
 
     def _is_wire_possible(self, *, is_demanded: bool) -> bool:
-        obstacle = features.first_obstacle(Path.WIRE.value, features.all(self._config.cgroup))
+        obstacle = features.first_obstacle(Path.WIRE.value, self._found)
         if obstacle is not None:
             if is_demanded:
                 option = "--accel wire" if self._config.accel is Accel.WIRE else "--persist"

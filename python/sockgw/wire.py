@@ -18,8 +18,8 @@ import fcntl
 import mmap
 import os
 import struct
-import warnings
 from contextlib import ExitStack, closing
+from functools import partial
 from importlib.resources import as_file, files
 from typing import TYPE_CHECKING, Any, Final
 
@@ -27,6 +27,7 @@ from sockgw import ingress
 from sockgw._bpf import features, libbpf
 from sockgw._bpf._binding import ffi, lib
 from sockgw.errors import ConfigError, DatapathError
+from sockgw.guard import guard
 from sockgw.ingress import Ingress
 
 if TYPE_CHECKING:
@@ -149,21 +150,9 @@ class Wire:
         The kernel closes sockets with their process, but there are none. It
         holds nothing that this process would be missed for, and sleeps.
         """
-        alive, our_end = os.pipe()
-        with warnings.catch_warnings():
-            # Python 3.12 warns of threads; the child calls C, which needs none of them.
-            warnings.simplefilter("ignore", DeprecationWarning)
-            pid = os.fork()
-        if pid == 0:
-            try:
-                os.close(our_end)
-                os.setsid()  # what is sent to our group, by a terminal say, is not for it
-                lib.sgw_wire_guard(self.handle, alive, *self._ingress.for_guard)
-            finally:
-                os._exit(1)
-        os.close(alive)
-        self._resources.callback(os.waitpid, pid, 0)
-        self._resources.callback(os.close, our_end)
+        self._resources.enter_context(
+            guard(partial(lib.sgw_wire_guard, self.handle, *self._ingress.for_guard))
+        )
 
     def watch(self) -> None:
         """Follow interfaces and routes as they change, from a thread of its own.

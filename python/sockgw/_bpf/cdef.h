@@ -165,7 +165,7 @@ void sgw_direct_totals(const struct direct_slot *slots, size_t count,
 /* Wait until `alive`, the reading end of a pipe, ends: then the gateway is gone, however that came
  * about, and the sockets in the maps are taken out. For a process of its own; never returns.
  */
-void sgw_direct_guard(int alive, int senders_map, int sockets_map);
+void sgw_direct_guard(int senders_map, int sockets_map, int alive);
 uint64_t sgw_cookie(int fd); /* 0: there is no such socket */
 
 /* The wire path (wire.c): one for each process. */
@@ -194,7 +194,7 @@ int sgw_wire_follow_routes(const struct sgw_wire *wire);
  * about, and the sessions that it leaves are reset, its filters removed (0, -1: it has none). For a
  * process of its own; never returns.
  */
-void sgw_wire_guard(struct sgw_wire *wire, int alive, uint32_t clsact_owner, int clsact_name);
+void sgw_wire_guard(struct sgw_wire *wire, uint32_t clsact_owner, int clsact_name, int alive);
 /* Sum up, by way, over the first sessions' places. */
 void sgw_wire_totals(const struct sgw_wire *wire, uint32_t sessions, uint64_t *bytes);
 void sgw_wire_close(struct sgw_wire *wire);

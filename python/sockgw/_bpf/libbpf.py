@@ -12,6 +12,7 @@ from __future__ import annotations
 import errno
 import mmap
 import os
+import struct
 from typing import TYPE_CHECKING, Any
 
 from sockgw._bpf import features
@@ -165,6 +166,46 @@ class Ring:
         """Unmap and close."""
         lib.sgw_ring_close(self._ring)
         os.close(self.fd)
+
+
+class Rings:
+    """A ring for each worker, in the array of maps that a program finds it in."""
+
+    def __init__(self, array: Map, workers: int, size_bytes: int) -> None:
+        """Make them of at least `size_bytes` each, and put them there."""
+        self._rings: dict[int, Ring] = {}
+        try:
+            for worker in range(workers):
+                self._rings[worker] = Ring(size_bytes)
+            array.put_all(
+                [struct.pack("=I", worker) for worker in self._rings],
+                [struct.pack("=I", ring.fd) for ring in self._rings.values()],
+            )
+        except DatapathError:
+            self.close()
+            raise
+
+    def __getitem__(self, worker: int) -> Ring:
+        """Return the ring of `worker`."""
+        return self._rings[worker]
+
+    def narrow(self, workers: range) -> None:
+        """Close those of others: this is a forked process's copy."""
+        for worker in [worker for worker in self._rings if worker not in workers]:
+            self._rings.pop(worker).close()
+
+    def empty(self, workers: range) -> None:
+        """Throw away what `workers`, whose process has died, were told."""
+        for worker in workers:
+            # The reader's place is in the shared pages, and moves record by
+            # record: a reader may die anywhere.
+            while self._rings[worker].drain():
+                pass
+
+    def close(self) -> None:
+        """Close all of them."""
+        while self._rings:
+            self._rings.popitem()[1].close()
 
 
 class Object:

@@ -281,7 +281,7 @@ void sgw_close_all_but(int *kept, size_t count)
 	close_range(first, ~0U, 0);
 }
 
-void sgw_direct_guard(int alive, int senders_map, int sockets_map)
+void sgw_direct_guard(int senders_map, int sockets_map, int alive)
 {
 	int kept[] = { alive, senders_map, sockets_map };
 	char byte;

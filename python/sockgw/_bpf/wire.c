@@ -909,7 +909,7 @@ void sgw_wire_reclaim(struct sgw_wire *wire, uint32_t first, uint32_t sessions)
 	}
 }
 
-void sgw_wire_guard(struct sgw_wire *wire, int alive, uint32_t clsact_owner, int clsact_name)
+void sgw_wire_guard(struct sgw_wire *wire, uint32_t clsact_owner, int clsact_name, int alive)
 {
 	const struct sgw_wire_settings *settings = &wire->settings;
 	int kept[] = { alive,	   settings->flows_map, settings->sessions_map,
