@@ -132,18 +132,20 @@ struct tcp_header {
 #define TCP_CHECK 16
 
 /* "Too long for the way", and what it quotes of the packet that was. */
-struct quote4 {
-	struct ipv4_header ip;
+struct quoted_tcp {
 	__be16 source;
 	__be16 target;
 	__be32 seq;
 };
 
+struct quote4 {
+	struct ipv4_header ip;
+	struct quoted_tcp tcp;
+};
+
 struct quote6 {
 	struct ipv6_header ip;
-	__be16 source;
-	__be16 target;
-	__be32 seq;
+	struct quoted_tcp tcp;
 };
 
 struct icmp_header {
@@ -967,13 +969,27 @@ static __always_inline bool is_too_long(struct __sk_buff *skb, const struct pack
 }
 
 /* The session whose packet is quoted: its sender is the other end of the way that the
- * quoted packet's receiver sends by. Returns that sender's leg, NULL if it is none of ours.
+ * quoted packet's receiver, whose addresses are filled in, sends by. Returns that sender's
+ * leg, and where it is told; NULL if it is none of ours.
  */
-static __always_inline const struct wire_flow *find_quoted(struct packet *packet)
+static __always_inline const struct wire_flow *
+find_quoted(struct packet *packet, const struct quoted_tcp *tcp, __u32 *ifindex)
 {
+	packet->flow.source_port = tcp->target;
+	packet->flow.target_port = tcp->source;
 	if (!find_session(packet) || READ_ONCE(packet->session->state) != WIRE_SWITCHED)
 		return NULL;
-	return &packet->session->flows[!packet->way];
+	*ifindex = way_out(packet);
+	return *ifindex ? &packet->session->flows[!packet->way] : NULL;
+}
+
+/* What the sender knows the quoted segment by. */
+static __always_inline void tell_segment(struct quoted_tcp *tcp, const struct packet *packet,
+					 const struct wire_flow *sender)
+{
+	tcp->source = sender->source_port;
+	tcp->target = sender->target_port;
+	tcp->seq = bpf_htonl(bpf_ntohl(tcp->seq) - packet->session->seq_offset[!packet->way]);
 }
 
 /* Make an error about a packet that we have translated one about the packet that it was,
@@ -1004,21 +1020,14 @@ __own_stack int pass_error4(struct __sk_buff *skb, struct scratch *scratch)
 	packet.flow.family = AF_INET;
 	packet.flow.source[0] = quoted->ip.target;
 	packet.flow.target[0] = quoted->ip.source;
-	packet.flow.source_port = quoted->target;
-	packet.flow.target_port = quoted->source;
-	sender = find_quoted(&packet);
+	sender = find_quoted(&packet, &quoted->tcp, &ifindex);
 	if (!sender)
-		return NEXT;
-	ifindex = way_out(&packet);
-	if (!ifindex)
 		return NEXT;
 
 	*told = *quoted;
 	told->ip.source = sender->source[0];
 	told->ip.target = sender->target[0];
-	told->source = sender->source_port;
-	told->target = sender->target_port;
-	told->seq = bpf_htonl(bpf_ntohl(quoted->seq) - packet.session->seq_offset[!packet.way]);
+	tell_segment(&told->tcp, &packet, sender);
 	sum = bpf_csum_diff(&quoted->ip.source, 8, &told->ip.source, 8, (__u16)~quoted->ip.check);
 	sum = (sum & 0xffff) + (sum >> 16);
 	sum = (sum & 0xffff) + (sum >> 16);
@@ -1061,21 +1070,14 @@ __own_stack int pass_error6(struct __sk_buff *skb, struct scratch *scratch)
 	packet.flow.family = AF_INET6;
 	__builtin_memcpy(packet.flow.source, quoted->ip.target, 16);
 	__builtin_memcpy(packet.flow.target, quoted->ip.source, 16);
-	packet.flow.source_port = quoted->target;
-	packet.flow.target_port = quoted->source;
-	sender = find_quoted(&packet);
+	sender = find_quoted(&packet, &quoted->tcp, &ifindex);
 	if (!sender)
-		return NEXT;
-	ifindex = way_out(&packet);
-	if (!ifindex)
 		return NEXT;
 
 	*told = *quoted;
 	__builtin_memcpy(told->ip.source, sender->source, 16);
 	__builtin_memcpy(told->ip.target, sender->target, 16);
-	told->source = sender->source_port;
-	told->target = sender->target_port;
-	told->seq = bpf_htonl(bpf_ntohl(quoted->seq) - packet.session->seq_offset[!packet.way]);
+	tell_segment(&told->tcp, &packet, sender);
 	change = bpf_csum_diff((__be32 *)quoted, sizeof(*quoted), (__be32 *)told, sizeof(*told), 0);
 	if (bpf_skb_store_bytes(skb, at_quote, told, sizeof(*told), 0) ||
 	    bpf_l4_csum_replace(skb, at_icmp + ICMP_CHECK, 0, change, 0))
