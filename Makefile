@@ -31,6 +31,8 @@ BENCH_ARGS ?=
 export PATH := $(PATH):/usr/sbin:/sbin
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 export PIP_ROOT_USER_ACTION := ignore
+# The tests start the gateway hundreds of times.
+export PYTHONDONTWRITEBYTECODE :=
 
 # What the tests run, command:package. What the build runs, build.py knows.
 TEST_NEEDS := \

@@ -482,30 +482,34 @@ static __always_inline struct bpf_sock *find_socket(struct __sk_buff *skb,
 /* Whether IPsec has a say in what this socket sends or receives. Its own policies are
  * known; of the namespace's only that there are some: the route that the socket
  * remembers may be older than the last of them.
+ *
+ * Here and in out_of() the fields are copied, not looked at: for each pointer that it
+ * follows the verifier searches the kernel's types by name, most of the time that a
+ * gateway needs to start (6.18: 0.46 s to load this object, 0.14 s without).
  */
 static __always_inline bool has_policy(struct sock *sk)
 {
-	struct net *net = sk->__sk_common.skc_net.net;
+	struct net *net = BPF_CORE_READ(sk, __sk_common.skc_net.net);
 
-	if (bpf_core_field_exists(sk->sk_policy) && (sk->sk_policy[0] || sk->sk_policy[1]))
+	if (bpf_core_field_exists(sk->sk_policy) &&
+	    (BPF_CORE_READ(sk, sk_policy[0]) || BPF_CORE_READ(sk, sk_policy[1])))
 		return true;
 	return bpf_core_field_exists(net->xfrm) &&
-	       (net->xfrm.policy_count[XFRM_POLICY_IN] || net->xfrm.policy_count[XFRM_POLICY_OUT]);
+	       (BPF_CORE_READ(net, xfrm.policy_count[XFRM_POLICY_IN]) ||
+		BPF_CORE_READ(net, xfrm.policy_count[XFRM_POLICY_OUT]));
 }
 
 /* Where packets to the peer of this socket leave; 0: not known at the moment. */
 static __always_inline __u32 out_of(struct tcp_sock *socket, bool *is_transformed)
 {
 	struct sock *sk = (struct sock *)socket;
-	struct dst_entry *route = sk->sk_dst_cache;
-	struct net_device *device;
+	struct dst_entry *route = BPF_CORE_READ(sk, sk_dst_cache);
 
 	*is_transformed |= has_policy(sk);
 	if (!route)
 		return 0;
-	*is_transformed |= route->xfrm != NULL;
-	device = route->dev;
-	return device ? device->ifindex : 0;
+	*is_transformed |= BPF_CORE_READ(route, xfrm) != NULL;
+	return BPF_CORE_READ(route, dev, ifindex);
 }
 
 /* What we told one peer to send at the most, the other must take, and the way there. */
@@ -1168,9 +1172,9 @@ static __always_inline int pass_on(struct __sk_buff *skb, bool is_again)
 	ifindex = way_out(&packet);
 	if (ifindex && is_too_long(skb, &packet, ifindex))
 		return TC_ACT_SHOT;
-	is_last = account(&packet);
 	if (!translate(skb, &packet))
 		return TC_ACT_SHOT; /* no memory: its sender will send it again */
+	is_last = account(&packet);
 	if (is_local && !is_again) {
 		const struct wire_flow *other = &packet.session->flows[!packet.way];
 		struct wire_flow *left = &scratch->left;
