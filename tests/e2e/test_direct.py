@@ -353,20 +353,22 @@ def _read_with_poll(sock: socket.socket) -> Receipt:
 def _read_edge_triggered(sock: socket.socket) -> Receipt:
     """EPOLLET, where a recv() that was not filled is the last one before the next event.
 
-    epoll(7) allows that for streams; nginx, libevent and others rely on it.
+    epoll(7) allows that for streams; nginx, libevent and others rely on it. Once the
+    end has been told of, it is read up to the end: there is no other event.
     """
     sock.setblocking(False)
     with contextlib.closing(select.epoll()) as epoll:
         epoll.register(sock, select.EPOLLIN | select.EPOLLRDHUP | select.EPOLLET)
-        is_ready = False
+        is_ready = is_ending = False
 
         def more() -> bytes:
-            nonlocal is_ready
+            nonlocal is_ready, is_ending
             if not is_ready:
                 events = epoll.poll(DEADLINE_S)
                 assert events, "no event"
+                is_ending = bool(events[0][1] & select.EPOLLRDHUP)
             data = sock.recv(16 * KIB)
-            is_ready = len(data) == 16 * KIB
+            is_ready = is_ending or len(data) == 16 * KIB
             return data
 
         return _collect(more)

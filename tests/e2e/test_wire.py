@@ -1726,7 +1726,10 @@ def test_a_neighbour_that_is_forgotten(shared: Shared, place: Place, wired: Open
     assert on_wire(shared.gateway) == 1
 
 
-ROUTE_FOLLOWED_S = 3.0  # one retransmission after another, until somebody has seen to it
+ROUTE_FOLLOWED_S = 10.0
+"""A change that is missed is followed by nobody. A packet that left the old way before it
+was seen waits there for a neighbour, 3 s (ucast_solicit), and its sender, on this host,
+sends nothing again while it waits."""
 
 
 @far
