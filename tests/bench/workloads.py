@@ -41,6 +41,8 @@ _MESSAGES_PER_S: Final = 10_000
 _SMALL_WRITE_BYTES: Final = 1400
 _STATUS_TIMEOUT_S = 5.0
 _IDLE_S = 60.0  # for all idle sessions to be open
+GRACE_S: Final = 20.0
+"""For a tool to end after its time."""
 _SETTLE_S = 0.1
 # sockperf 3.7 sends a few messages, waits, measures for as long as it was
 # asked to, and leaves the first 0.4 s of that out. The wait was measured.
@@ -102,8 +104,10 @@ class Workload(abc.ABC):
         """Start the tool's backend."""
 
     @abc.abstractmethod
-    def load(self, address: str, timing: Timing) -> list[str]:
-        """Return the command of the load."""
+    def start_load(
+        self, programs: Programs, address: str, server: Server, timing: Timing
+    ) -> Program:
+        """Start the load, after a warm-up if it does not leave out its own beginning."""
 
     @abc.abstractmethod
     def lead_s(self, timing: Timing) -> float:
@@ -116,11 +120,6 @@ class Workload(abc.ABC):
     @abc.abstractmethod
     def parse(self, output: str) -> Found:
         """Read the tool's output. Raises BenchError if it holds no result."""
-
-    def warm_up(self, address: str, timing: Timing) -> list[str] | None:
-        """Return the command of the warm-up; None where the load leaves out its own beginning."""
-        del address, timing
-        return None
 
     def hold_idle(self, programs: Programs, address: str, server: Server) -> Program | None:
         """Open the idle sessions, if there are any; they last as long as the program.
@@ -173,13 +172,14 @@ class Http(Workload):
         status = functools.partial(_stub_status, programs.host, status_address)
         return Server(address, program, status, open_connections)
 
-    def warm_up(self, address: str, timing: Timing) -> list[str] | None:
-        """Return the same load, for less time."""
-        return self._command(address, timing.warm_up_s) if timing.warm_up_s else None
-
-    def load(self, address: str, timing: Timing) -> list[str]:
-        """Return wrk's command line."""
-        return self._command(address, timing.duration_s)
+    def start_load(
+        self, programs: Programs, address: str, _server: Server, timing: Timing
+    ) -> Program:
+        """Run wrk for the warm-up, and start it again."""
+        if timing.warm_up_s:
+            warm_up = programs.start(*self._command(address, timing.warm_up_s))
+            warm_up.output_of_end(within_s=timing.warm_up_s + GRACE_S)
+        return programs.start(*self._command(address, timing.duration_s))
 
     def lead_s(self, _timing: Timing) -> float:
         """Return next to nothing: the harness sees the connections open, at the backend."""
@@ -240,16 +240,18 @@ class Bulk(Workload):
         program = programs.start("iperf3", "-s", "-B", host, "-p", port, listens_on=address)
         return Server(address, program)
 
-    def load(self, address: str, timing: Timing) -> list[str]:
-        """Return iperf3's command line."""
+    def start_load(
+        self, programs: Programs, address: str, _server: Server, timing: Timing
+    ) -> Program:
+        """Start an iperf3 client."""
         host, _, port = address.rpartition(":")
         options = ["-R"] if self.reverse else []
         if self.write_bytes:
             options += ["-l", str(self.write_bytes)]
-        return [
+        return programs.start(
             *("iperf3", "-c", host, "-p", port, "-J", "-P", str(self.connections)),
             *("-O", str(timing.warm_up_s), "-t", str(timing.duration_s), *options),
-        ]
+        )
 
     def lead_s(self, timing: Timing) -> float:
         """Return the time that iperf3 leaves out."""
@@ -301,16 +303,18 @@ class Messages(Workload):
         )
         return Server(address, program)
 
-    def load(self, address: str, timing: Timing) -> list[str]:
-        """Return sockperf's command line."""
+    def start_load(
+        self, programs: Programs, address: str, _server: Server, timing: Timing
+    ) -> Program:
+        """Start a sockperf client."""
         host, _, port = address.rpartition(":")
         mode = ["ping-pong"]
         if self.under_load:
             mode = ["under-load", "--mps", str(_MESSAGES_PER_S), "--reply-every", "1"]
-        return [
+        return programs.start(
             *("sockperf", *mode, "--tcp", "-i", host, "-p", port, "-m", str(_MESSAGE_BYTES)),
             *("-t", str(timing.warm_up_s + timing.duration_s), "--full-rtt"),
-        ]
+        )
 
     def lead_s(self, timing: Timing) -> float:
         """Return the time by which its own warm-up is over."""
