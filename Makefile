@@ -63,6 +63,8 @@ BENCH_NEEDS := \
 	ip:iproute2 \
 	iperf3:iperf3 \
 	nginx:nginx-light \
+	redis-benchmark:redis-tools \
+	redis-server:redis-server \
 	setpriv:util-linux \
 	sockperf:sockperf \
 	wrk:wrk
