@@ -66,6 +66,7 @@ FULL: Final = (
         timing=_FULL_TIMING,
     ),
 )
+"""1,035 measurements, of 5 to 6 s each, and of 14 s with 10,000 connections: 100 minutes."""
 QUICK: Final = (
     Plan(
         network="loopback",
@@ -81,6 +82,7 @@ QUICK: Final = (
         timing=_QUICK_TIMING,
     ),
 )
+"""105 measurements, of 3 s each: six minutes."""
 
 
 class Run:
