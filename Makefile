@@ -65,6 +65,8 @@ BENCH_NEEDS := \
 	ip:iproute2 \
 	iperf3:iperf3 \
 	nginx:nginx-light \
+	redis-benchmark:redis-tools \
+	redis-server:redis-server \
 	setpriv:util-linux \
 	sockperf:sockperf \
 	wrk:wrk
@@ -193,9 +195,9 @@ test-long: $(TEST_SETUP) $(BENCH_SETUP) ## Run every test, and those that take m
 
 # Ctrl-C ends it, and every program that it runs. A part: make bench BENCH_ARGS="--help".
 .PHONY: bench bench-quick
-bench: $(BENCH_SETUP) ## Measure beside haproxy, nginx, Envoy, Go: 65 minutes; writes docs/benchmarks.md
+bench: $(BENCH_SETUP) ## Measure beside haproxy, nginx, Envoy, Go: 100 minutes; writes docs/benchmarks.md
 	@$(BIN)/python -m tests.bench $(BENCH_ARGS)
-bench-quick: $(BENCH_SETUP) ## The same in four minutes, into .bench/quick/
+bench-quick: $(BENCH_SETUP) ## The same in six minutes, into .bench/quick/
 	@$(BIN)/python -m tests.bench --quick $(BENCH_ARGS)
 
 C_FILES = $(wildcard bpf/*.[ch] python/sockgw/_bpf/*.[ch])

@@ -3,7 +3,9 @@
 
 The load tool's own figures are taken over its whole run. What the machine
 spent is taken over the steady part of it: from when all connections are open
-to shortly before the end, while every process that takes part is alive.
+to shortly before the end, or to the end of a load that ends sooner. Every
+process that takes part has its clock then: one that has ended keeps it until it
+is waited for.
 """
 
 from __future__ import annotations
@@ -18,13 +20,13 @@ from .accounting import Spender
 from .network import NETWORKS
 from .processes import BenchError, Program, Programs
 from .results import Measurement
+from .workloads import GRACE_S
 
 if TYPE_CHECKING:
     from .opponents import Opponent, Setting
     from .workloads import Server, Timing, Workload
 
 _MARGIN_S = 0.2  # before the load's end
-_GRACE_S = 20.0  # for a tool to end after its time
 _SAMPLE_EVERY_S = 0.1
 _RAMP_SHARE = 0.5  # of the load's time, at most, for opening connections
 
@@ -47,11 +49,7 @@ def measure(
         server = workload.start_server(at_backend, setting.workers, setting.nofile)
         running = opponent.start(at_gateway, server.address, setting)
         holder = workload.hold_idle(at_client, running.address, server)
-        warm_up = workload.warm_up(running.address, timing)
-        if warm_up:
-            at_client.start(*warm_up).output_of_end(within_s=timing.warm_up_s + _GRACE_S)
-
-        load = at_client.start(*workload.load(running.address, timing))
+        load = workload.start_load(at_client, running.address, server, timing)
         spenders = {
             load.pid: Spender.LOAD,
             **({holder.pid: Spender.LOAD} if holder else {}),
@@ -64,18 +62,16 @@ def measure(
         served = server.status()[1] if server.status else 0
         before = accounting.snapshot(spenders)
         memory_peak = memory_before
-        while not load.has_ended:
+        left_s = end_s - time.monotonic()
+        while left_s > 0 and not load.ends_within(min(left_s, _SAMPLE_EVERY_S)):
             memory_peak = memory_peak.peak(accounting.kernel_memory())
             left_s = end_s - time.monotonic()
-            if left_s <= 0:
-                break
-            time.sleep(min(left_s, _SAMPLE_EVERY_S))
         if server.status:
             served = server.status()[1] - served
         spent = accounting.spent(before, accounting.snapshot(spenders))
         resident_bytes = accounting.resident_bytes(program.pid for program in running.programs)
 
-        found = workload.parse(load.output_of_end(within_s=_GRACE_S))
+        found = workload.parse(load.output_of_end(within_s=GRACE_S))
         facts = running.facts()
         if holder and holder.has_ended:
             raise BenchError(f"idle sessions: {holder.complaint()}")

@@ -74,14 +74,14 @@ class Program:
     @property
     def has_ended(self) -> bool:
         """Whether the program itself, its children aside, has ended."""
-        return self._ends_within(0)
+        return self.ends_within(0)
 
     def output_of_end(self, *, within_s: float) -> str:
         """Wait for its end and return its stdout.
 
         Raises BenchError when it takes too long or ends with an error.
         """
-        if not self._ends_within(within_s):
+        if not self.ends_within(within_s):
             raise BenchError(f"{self.name}: still running after {within_s:.0f} s")
         if self.stop():
             raise BenchError(f"{self.name}: {self.complaint()}")
@@ -101,16 +101,17 @@ class Program:
             return self._process.returncode
         if not self.has_ended:
             self._process.terminate()
-            if not self._ends_within(_STOP_S):
+            if not self.ends_within(_STOP_S):
                 self._process.kill()
-                self._ends_within(_STOP_S)
+                self.ends_within(_STOP_S)
         # Not reaped yet, so that the number is still theirs and nobody else's.
         with contextlib.suppress(ProcessLookupError):
             os.killpg(self.pid, signal.SIGKILL)
         os.close(self._pidfd)
         return self._process.wait()
 
-    def _ends_within(self, timeout_s: float) -> bool:
+    def ends_within(self, timeout_s: float) -> bool:
+        """Wait for its end, its children aside, and return whether it came."""
         if self._process.returncode is not None:
             return True
         poller = select.poll()

@@ -57,7 +57,7 @@ _NETWORKS: Final = {
         (
             "Client, proxy and server each in a network namespace, on one machine, with veth links"
             " from client and server to the proxy's, which routes for those with no proxy. The"
-            " workloads and the opponents are those that say most of wire."
+            " workloads and the opponents are those that say most of wire and direct."
         ),
     ),
 }
@@ -83,9 +83,9 @@ _CLAIM_UNITS: Final = {
 }
 _CLAIMED_AT: Final = "keepalive-10000"
 _REPEAT: Final = """\
-`make bench`, on a machine that does nothing else, installs what is missing, takes 65 minutes
+`make bench`, on a machine that does nothing else, installs what is missing, takes 100 minutes
 and rewrites this page; what it says of missed rows comes from [notes.md](../tests/bench/notes.md).
-`make bench-quick` takes four minutes and writes to `.bench/quick/`. A part:
+`make bench-quick` takes six minutes and writes to `.bench/quick/`. A part:
 
 ```
 make bench BENCH_ARGS="--network namespaces --rounds 3 --duration 2 --output /tmp/bench \\
@@ -395,7 +395,9 @@ def _picture_section(directory: Path, pictures: Iterable[Path]) -> str:
 def _workload_section(results: Results, workload: Workload) -> str:
     operation = workload.operation
     measured = [one for one in results.measurements if one.workload == workload.name]
-    latencies = ("p50", "p99", "p99.9") if any(one.latency_us for one in measured) else ()
+    latencies = [
+        name for name in ("p50", "p99", "p99.9") if any(name in one.latency_us for one in measured)
+    ]
     is_counted = any(one.is_counted for one in measured)
     cells = [
         "",

@@ -117,8 +117,15 @@ def _wire_targets() -> Iterator[Target]:
 
 def _direct_targets() -> Iterator[Target]:
     nobody = OPPONENTS[0].name
-    for workload in ("keepalive-1", "keepalive-100", "keepalive-1000"):
-        yield Target(workload, THROUGHPUT, "direct", 1.1, opponent=nobody)
+    for workload, least in (
+        ("keepalive-1", 1.1),
+        ("keepalive-100", 1.1),
+        ("keepalive-1000", 1.1),
+        ("redis-1", 1.2),
+        ("redis-100", 1.5),
+        ("redis-1000", 1.5),
+    ):
+        yield Target(workload, THROUGHPUT, "direct", least, opponent=nobody)
         yield Target(workload, P99, "direct", 1.0, opponent=nobody)
         yield Target(workload, MACHINE_CPU, "direct", 1.0, opponent=nobody)
         yield Target(workload, THROUGHPUT, "direct", 2.5)

@@ -1,20 +1,23 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The loads: public tools (wrk, iperf3, sockperf), each before a backend of its own.
+"""The loads: public tools (wrk, redis-benchmark, iperf3, sockperf), each before its own backend.
 
 A workload knows its tool's command line and output, and the server that
 belongs to the tool. It does not know what stands between the two: it is given
-an address. Each is bounded by its tool's own clock.
+an address. Each is bounded by its tool's own clock, or, where the tool has none,
+by a number of requests.
 """
 
 from __future__ import annotations
 
 import abc
+import csv
 import functools
 import json
 import re
 import socket
 import string
 import sys
+import time
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Final
@@ -41,11 +44,20 @@ _MESSAGES_PER_S: Final = 10_000
 _SMALL_WRITE_BYTES: Final = 1400
 _STATUS_TIMEOUT_S = 5.0
 _IDLE_S = 60.0  # for all idle sessions to be open
+GRACE_S: Final = 20.0
+"""For a tool to end after its time."""
 _SETTLE_S = 0.1
 # sockperf 3.7 sends a few messages, waits, measures for as long as it was
 # asked to, and leaves the first 0.4 s of that out. The wait was measured.
 _SOCKPERF_WAIT_S = 2.2
 _SOCKPERF_WARM_UP_S = 0.4
+_KEY: Final = "key"
+# redis-benchmark 7.0 opens 64 connections, sleeps for 50 ms, and so on, before
+# it sends anything (createMissingClients). It counts requests in an int.
+_REDIS_OPENS_AT_ONCE: Final = 64
+_REDIS_OPENS_EVERY_S = 0.05
+_ENDLESS: Final = 2**31 - 1
+_COUNT_S = 0.5  # at least, for the requests that say how many the load needs
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,7 +75,7 @@ class Found:
     throughput: float
     """In the workload's unit."""
     latency_us: dict[str, float]
-    """p50, p99, p99.9; empty for a bulk transfer."""
+    """p50, p99, and p99.9 if the tool says it; empty for a bulk transfer."""
     errors: int
     detail: dict[str, Any]
 
@@ -102,8 +114,10 @@ class Workload(abc.ABC):
         """Start the tool's backend."""
 
     @abc.abstractmethod
-    def load(self, address: str, timing: Timing) -> list[str]:
-        """Return the command of the load."""
+    def start_load(
+        self, programs: Programs, address: str, server: Server, timing: Timing
+    ) -> Program:
+        """Start the load, after a warm-up if it does not leave out its own beginning."""
 
     @abc.abstractmethod
     def lead_s(self, timing: Timing) -> float:
@@ -116,11 +130,6 @@ class Workload(abc.ABC):
     @abc.abstractmethod
     def parse(self, output: str) -> Found:
         """Read the tool's output. Raises BenchError if it holds no result."""
-
-    def warm_up(self, address: str, timing: Timing) -> list[str] | None:
-        """Return the command of the warm-up; None where the load leaves out its own beginning."""
-        del address, timing
-        return None
 
     def hold_idle(self, programs: Programs, address: str, server: Server) -> Program | None:
         """Open the idle sessions, if there are any; they last as long as the program.
@@ -173,13 +182,14 @@ class Http(Workload):
         status = functools.partial(_stub_status, programs.host, status_address)
         return Server(address, program, status, open_connections)
 
-    def warm_up(self, address: str, timing: Timing) -> list[str] | None:
-        """Return the same load, for less time."""
-        return self._command(address, timing.warm_up_s) if timing.warm_up_s else None
-
-    def load(self, address: str, timing: Timing) -> list[str]:
-        """Return wrk's command line."""
-        return self._command(address, timing.duration_s)
+    def start_load(
+        self, programs: Programs, address: str, _server: Server, timing: Timing
+    ) -> Program:
+        """Run wrk for the warm-up, and start it again."""
+        if timing.warm_up_s:
+            warm_up = programs.start(*self._command(address, timing.warm_up_s))
+            warm_up.output_of_end(within_s=timing.warm_up_s + GRACE_S)
+        return programs.start(*self._command(address, timing.duration_s))
 
     def lead_s(self, _timing: Timing) -> float:
         """Return next to nothing: the harness sees the connections open, at the backend."""
@@ -219,6 +229,84 @@ class Http(Workload):
 
 
 @dataclass(frozen=True)
+class Redis(Workload):
+    """redis-benchmark in front of redis-server: GETs of 1 KiB.
+
+    One thread each, as they are by default. redis-benchmark ends at its first
+    error or broken connection, with an error: a result means that there was none.
+    """
+
+    name: str
+    title: str
+    connections: int
+
+    unit = "requests/s"
+    operation = "request"
+    needs = ("redis-benchmark", "redis-server")
+
+    def start_server(self, programs: Programs, workers: int, nofile: int) -> Server:
+        """Start redis-server with 1 KiB to give."""
+        del workers, nofile
+        address = programs.unused_address()
+        host, _, port = address.rpartition(":")
+        path = fill(programs.directory, "redis.conf", host=host, port=port)
+        program = programs.start("redis-server", str(path), listens_on=address)
+        answer = _ask_redis(programs.host, address, f"SET {_KEY} {'x' * BODY_BYTES}")
+        if not answer.startswith("+OK"):
+            raise BenchError(f"redis-server: SET: {answer.strip()}")
+        status = functools.partial(_redis_status, programs.host, address)
+        return Server(address, program, status, self.connections)
+
+    def start_load(
+        self, programs: Programs, address: str, server: Server, timing: Timing
+    ) -> Program:
+        """Count requests for the warm-up, and start as many as take the time at that rate."""
+        status = server.status
+        assert status is not None
+        warm_up = programs.start(*self._command(address, _ENDLESS))
+        time.sleep(self._opening_s + _SETTLE_S)
+        began_s, served = time.monotonic(), status()[1]
+        if warm_up.ends_within(max(timing.warm_up_s, _COUNT_S)):
+            raise BenchError(f"redis-benchmark: {warm_up.complaint()}")
+        per_s = (status()[1] - served) / (time.monotonic() - began_s)
+        warm_up.stop()
+        requests = max(self.connections, round(per_s * timing.duration_s))
+        return programs.start(*self._command(address, requests))
+
+    def lead_s(self, _timing: Timing) -> float:
+        """Return next to nothing: the harness sees the connections open, at the backend."""
+        return _SETTLE_S
+
+    def length_s(self, timing: Timing) -> float:
+        """Return about how long the requests take, and the opening, which comes before them."""
+        return self._opening_s + timing.duration_s
+
+    def parse(self, output: str) -> Found:
+        """Read the last line of its CSV, whose columns the first one names."""
+        rows = list(csv.DictReader(output.splitlines()))
+        if not rows:
+            raise BenchError("redis-benchmark: no result in its output")
+        said = {name: float(value) for name, value in rows[-1].items() if name != "test"}
+        return Found(
+            throughput=said["rps"],
+            latency_us={name: said[f"{name}_latency_ms"] * 1000 for name in ("p50", "p99")},
+            errors=0,
+            detail=said,
+        )
+
+    @property
+    def _opening_s(self) -> float:
+        return self.connections // _REDIS_OPENS_AT_ONCE * _REDIS_OPENS_EVERY_S
+
+    def _command(self, address: str, requests: int) -> list[str]:
+        host, _, port = address.rpartition(":")
+        return [
+            *("redis-benchmark", "-h", host, "-p", port, "--csv"),
+            *("-c", str(self.connections), "-n", str(requests), "GET", _KEY),
+        ]
+
+
+@dataclass(frozen=True)
 class Bulk(Workload):
     """iperf3: as much as fits through."""
 
@@ -240,16 +328,18 @@ class Bulk(Workload):
         program = programs.start("iperf3", "-s", "-B", host, "-p", port, listens_on=address)
         return Server(address, program)
 
-    def load(self, address: str, timing: Timing) -> list[str]:
-        """Return iperf3's command line."""
+    def start_load(
+        self, programs: Programs, address: str, _server: Server, timing: Timing
+    ) -> Program:
+        """Start an iperf3 client."""
         host, _, port = address.rpartition(":")
         options = ["-R"] if self.reverse else []
         if self.write_bytes:
             options += ["-l", str(self.write_bytes)]
-        return [
+        return programs.start(
             *("iperf3", "-c", host, "-p", port, "-J", "-P", str(self.connections)),
             *("-O", str(timing.warm_up_s), "-t", str(timing.duration_s), *options),
-        ]
+        )
 
     def lead_s(self, timing: Timing) -> float:
         """Return the time that iperf3 leaves out."""
@@ -301,16 +391,18 @@ class Messages(Workload):
         )
         return Server(address, program)
 
-    def load(self, address: str, timing: Timing) -> list[str]:
-        """Return sockperf's command line."""
+    def start_load(
+        self, programs: Programs, address: str, _server: Server, timing: Timing
+    ) -> Program:
+        """Start a sockperf client."""
         host, _, port = address.rpartition(":")
         mode = ["ping-pong"]
         if self.under_load:
             mode = ["under-load", "--mps", str(_MESSAGES_PER_S), "--reply-every", "1"]
-        return [
+        return programs.start(
             *("sockperf", *mode, "--tcp", "-i", host, "-p", port, "-m", str(_MESSAGE_BYTES)),
             *("-t", str(timing.warm_up_s + timing.duration_s), "--full-rtt"),
-        ]
+        )
 
     def lead_s(self, timing: Timing) -> float:
         """Return the time by which its own warm-up is over."""
@@ -356,6 +448,9 @@ WORKLOADS: Final[tuple[Workload, ...]] = (
         *("new-connections", "a new connection for each request, 100 at once", 100),
         keep_alive=False,
     ),
+    Redis("redis-1", "Redis GETs of 1 KiB, 1 connection", 1),
+    Redis("redis-100", "Redis GETs of 1 KiB, 100 connections", 100),
+    Redis("redis-1000", "Redis GETs of 1 KiB, 1,000 connections", 1000),
     Bulk("bulk-1", "one bulk stream to the backend", 1),
     Bulk("bulk-1-back", "one bulk stream to the client", 1, reverse=True),
     Bulk("bulk-8", "eight bulk streams to the backend", 8),
@@ -386,6 +481,8 @@ def tool_versions() -> dict[str, str]:
     """Return what the load tools say of themselves."""
     asks = {
         "wrk": ("wrk", "-v"),
+        "redis-benchmark": ("redis-benchmark", "--version"),
+        "redis-server": ("redis-server", "--version"),
         "iperf3": ("iperf3", "--version"),
         "sockperf": ("sockperf", "--version"),
         "nginx": ("nginx", "-v"),
@@ -395,13 +492,29 @@ def tool_versions() -> dict[str, str]:
 
 def _stub_status(host: Host, address: str) -> tuple[int, int]:
     """Return nginx's open connections and requests so far, without the asking itself."""
+    answer = _ask(host, address, "GET / HTTP/1.0\r\n\r\n")
+    active, _accepts, _handled, requests, *_rest = re.findall(
+        r"\d+", answer.partition("\r\n\r\n")[2]
+    )
+    return int(active) - 1, int(requests)
+
+
+def _redis_status(host: Host, address: str) -> tuple[int, int]:
+    """Return redis-server's open connections, without the one that asks, and the values it gave."""
+    said = dict(re.findall(r"^(\w+):(\d+)\r$", _ask_redis(host, address, "INFO"), re.MULTILINE))
+    return int(said["connected_clients"]) - 1, int(said["keyspace_hits"])
+
+
+def _ask_redis(host: Host, address: str, command: str) -> str:
+    return _ask(host, address, f"{command}\r\nQUIT\r\n")
+
+
+def _ask(host: Host, address: str, request: str) -> str:
+    """Return the answer to a request after which the server closes the connection."""
     name, _, port = address.rpartition(":")
     with host.entered(), socket.create_connection((name, int(port)), _STATUS_TIMEOUT_S) as sock:
-        sock.sendall(b"GET / HTTP/1.0\r\n\r\n")
+        sock.sendall(request.encode())
         answer = b""
         while part := sock.recv(4096):
             answer += part
-    active, _accepts, _handled, requests, *_rest = re.findall(
-        rb"\d+", answer.partition(b"\r\n\r\n")[2]
-    )
-    return int(active) - 1, int(requests)
+    return answer.decode()

@@ -97,7 +97,7 @@ def assert_is_whole(one: dict[str, Any]) -> None:
     assert cpu_s["load"] > 0, what
     assert cpu_s["backend"] > 0, what
     # The threads of a path that passes them by may do nothing.
-    if is_proxy and one["opponent"] not in {"sockgw-splice", "sockgw-wire"}:
+    if is_proxy and one["opponent"] not in {"sockgw-splice", "sockgw-wire", "sockgw-direct"}:
         assert cpu_s["gateway"] > 0, what
     assert (one["resident_bytes"] > 0) is is_proxy, what
     assert bool(one["facts"]) is one["opponent"].startswith("sockgw"), what
@@ -106,8 +106,13 @@ def assert_is_whole(one: dict[str, Any]) -> None:
     if one["workload"].startswith("bulk"):
         assert not one["latency_us"], what
     else:
-        p50, p99, p999 = (one["latency_us"][name] for name in ("p50", "p99", "p99.9"))
-        assert 0 < p50 <= p99 <= p999, what
+        percentiles = ["p50", "p99"]
+        if not one["workload"].startswith("redis"):
+            percentiles.append("p99.9")
+        assert list(one["latency_us"]) == percentiles, what
+        latencies = list(one["latency_us"].values())
+        assert latencies[0] > 0, what
+        assert latencies == sorted(latencies), what
 
 
 def test_a_short_run_reports_everything(tmp_path: Path, splice_verdict: str) -> None:
@@ -124,7 +129,8 @@ def test_a_short_run_reports_everything(tmp_path: Path, splice_verdict: str) -> 
     for one in found:
         assert_is_whole(one)
     assert results["machine"]["kernel"] == os.uname().release
-    assert set(opponents) | {"wrk", "iperf3", "sockperf", "nginx"} == set(results["versions"])
+    tools = {"wrk", "redis-benchmark", "redis-server", "iperf3", "sockperf", "nginx"}
+    assert set(opponents) | tools == set(results["versions"])
 
     page = (tmp_path / "benchmarks.md").read_text()
     headings = (
@@ -157,6 +163,27 @@ def test_messages_are_measured(tmp_path: Path) -> None:
     assert_is_whole(one)
 
 
+def test_redis_is_measured(tmp_path: Path, splice_verdict: str) -> None:
+    """redis-benchmark's GETs have every figure and no error, and redis-server has counted them."""
+    workloads = ("redis-1", "redis-100", "redis-1000")
+    opponents = ("none", "sockgw-off" if splice_verdict else "sockgw-direct")
+    results = run_bench(
+        *("--workloads", ",".join(workloads), "--opponents", ",".join(opponents)), output=tmp_path
+    )
+    found = measured(results)
+    assert [(one["workload"], one["opponent"]) for one in found] == [
+        (workload, opponent) for workload in workloads for opponent in opponents
+    ]
+    for one in found:
+        assert_is_whole(one)
+        assert one["is_counted"]
+        if one["opponent"] == "sockgw-direct":
+            assert one["facts"]['gateway_bytes_total{direction="to_client",path="direct"}'] > 0
+    page = (tmp_path / "benchmarks.md").read_text()
+    for connections in ("1 connection", "100 connections", "1,000 connections"):
+        assert f"\n#### Redis GETs of 1 KiB, {connections}\n" in page
+
+
 @pytest.mark.usefixtures("root", "kernel_path")
 def test_namespaces_are_measured(tmp_path: Path) -> None:
     """Between namespaces, requests are routed, proxied and translated without an error."""
@@ -180,7 +207,7 @@ def test_namespaces_are_measured(tmp_path: Path) -> None:
 def test_every_opponent_is_measured(tmp_path: Path) -> None:
     """Each opponent serves wrk's requests without an error, and its CPU time is known."""
     found = measured(run_bench("--workloads", "keepalive-100", output=tmp_path))
-    expected = "none haproxy nginx envoy go sockgw-off sockgw-splice sockgw-wire"
+    expected = "none haproxy nginx envoy go sockgw-off sockgw-splice sockgw-wire sockgw-direct"
     assert [one["opponent"] for one in found] == expected.split()
     for one in found:
         assert_is_whole(one)
