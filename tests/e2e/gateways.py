@@ -38,7 +38,7 @@ _READY = re.compile(
 )
 _START_S = 20.0
 _STOP_S = 15.0
-_BPF_FREED_S = 10.0
+_BPF_FREED_S = 30.0
 
 
 def clean_environment(extra: dict[str, str] | None = None) -> dict[str, str]:
