@@ -124,6 +124,12 @@ class DirectSlot:
         self._is_counted = True
         return _REFUSALS.get(self.words.refusal, "other")
 
+    def refuse(self) -> None:
+        """Have nothing handed over any more, because the other way is refused, which counts."""
+        if not self.words.refusal:
+            self._is_counted = True
+            self.words.refusal = lib.DIRECT_BLOCKS
+
     @property
     def is_overtaken(self) -> bool:
         """Whether bytes were handed over since the last flush."""
@@ -137,6 +143,10 @@ class DirectSlot:
     def open(self) -> bool:
         """Have what the sender sends pass the program; False when that is refused."""
         return bool(_answer(self._ask, lib.DIRECT_OPEN, self._index) == lib.DIRECT_YES)
+
+    def forget(self) -> None:
+        """Leave the sender to itself: it is on TCP, whatever it does."""
+        _answer(self._ask, lib.DIRECT_FORGET, self._index)
 
     def is_flushed(self) -> bool:
         """Look whether the receiver has read all that was handed over.
@@ -343,7 +353,9 @@ class Direct:
         """
         if slot.bytes:
             return
-        reverse.words.refusal = reverse.words.refusal or lib.DIRECT_BLOCKS
+        reverse.refuse()
+        # First, for note_close() takes a session's socket that is in no map for one that is closed.
+        reverse.forget()
         cookie = int(slot.words.receiver).to_bytes(8, sys.byteorder)
         for sockets in (self._senders, self._sockets):
             with suppress(DatapathError):  # ENOENT: it was not in there, or is closed
@@ -351,10 +363,9 @@ class Direct:
 
     def forget(self, pair: DirectPair) -> None:
         """Leave a session's applications to themselves; our sockets are closed."""
-        for way in (lib.SOCK_SLOT_TO_BACKEND, lib.SOCK_SLOT_TO_CLIENT):
-            index = pair.index * lib.SOCK_SLOTS_PER_SESSION + way
-            _answer(self._ask, lib.DIRECT_FORGET, index)
-            self._words[index].sender = 0
+        for slot in (pair.to_backend, pair.to_client):
+            slot.forget()
+            slot.words.sender = 0
         # First in, first out: a slot rests as long as it can before its reuse.
         self._free.append(pair.index)
 
