@@ -46,7 +46,7 @@ if TYPE_CHECKING:
 
 _SLOT_BYTES: Final[int] = ffi.sizeof("struct direct_slot")
 _RECORD_BYTES: Final = 8 + 8  # the ring's header, and the record rounded up to 8
-_RECORDS_PER_SLOT: Final = 2
+_RECORDS_PER_SLOT: Final = 3
 """What does not fit is told again, or found by the next look."""
 _SOCKETS_PER_SESSION: Final = 4
 """Applications' sockets in the map: they stay until they are closed, which may be

@@ -200,7 +200,7 @@ class Session:
             self.rewatch()
 
     def on_direct(self) -> None:
-        """Have a look: a receiver has read, for the first time or everything."""
+        """Have a look: a receiver has read, for the first time or everything, or was refused."""
         if self.direct is None or self._directions is None or self._end is not None:
             return
         for direction in self._directions:
