@@ -176,6 +176,11 @@ class DirectPair:
         self.to_client = to_client
 
     @property
+    def bytes(self) -> tuple[int, int]:
+        """Bytes that were handed over, by way."""
+        return self.to_backend.bytes, self.to_client.bytes
+
+    @property
     def is_refused(self) -> bool:
         """Whether nothing is handed over either way (any more)."""
         return self.to_backend.is_refused and self.to_client.is_refused
@@ -201,6 +206,7 @@ class Direct:
         self._resources = resources
         self._listeners = bpf_object.map("direct_listeners")
         self._own = bpf_object.map("direct_own")
+        self._found = bpf_object.map("direct_found")
         self._sockets = bpf_object.map("direct_sockets")
         self._senders = bpf_object.map("direct_senders")
         self._ask = bpf_object.program_fd("sock_direct_ask")
@@ -313,6 +319,11 @@ class Direct:
         """The map in which `dial` marks a socket."""
         return self._own.fd
 
+    @property
+    def found_fd(self) -> int:
+        """The map in which our sockets are that have a captured application at the other end."""
+        return self._found.fd
+
     def watch(
         self, client: socket.socket, backend: socket.socket, worker: int
     ) -> tuple[DirectPair | None, bool]:
@@ -362,7 +373,7 @@ class Direct:
                 sockets.delete(cookie)
 
     def forget(self, pair: DirectPair) -> None:
-        """Leave a session's applications to themselves; our sockets are closed."""
+        """Leave a session's applications to themselves: our sockets are closed, or go on by TCP."""
         for slot in (pair.to_backend, pair.to_client):
             slot.forget()
             slot.words.sender = 0
