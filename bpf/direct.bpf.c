@@ -442,8 +442,8 @@ static __always_inline bool tell(__u32 worker, __u32 slot)
 }
 
 /* From here on nothing that this application receives goes direct. Noted on the
- * socket, then in the slot, if it has one; DIRECT_WATCH sets the slot, then looks
- * at the socket, with a full barrier between the two on either side.
+ * socket, then in the slot, if it has one, and told; DIRECT_WATCH sets the slot, then
+ * looks at the socket, with a full barrier between the two on either side.
  */
 static __always_inline void refuse(struct app *app, __u32 refusal)
 {
@@ -453,8 +453,9 @@ static __always_inline void refuse(struct app *app, __u32 refusal)
 	if (!READ_ONCE(app->has_slots))
 		return;
 	slot = slot_at(app->slot_in);
-	if (slot)
-		__sync_val_compare_and_swap(&slot->refusal, DIRECT_FITS, refusal);
+	if (slot &&
+	    __sync_val_compare_and_swap(&slot->refusal, DIRECT_FITS, refusal) == DIRECT_FITS)
+		tell(app->worker, app->slot_in);
 }
 
 /* A recv() of an application has returned.

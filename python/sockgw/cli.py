@@ -216,7 +216,8 @@ def _sockgw() -> None:
     partial(config.parse_choice, config.Accel),
     metavar="|".join(accel.value for accel in config.Accel),
     help="The path that bytes take. auto: the best that is safe for every application, which is"
-    " wire, then splice, then the relay; off: userspace only. A path asked for by name is an error"
+    " wire, then splice, then the relay; direct: from application to application on this host, and"
+    " as with auto where that cannot be; off: userspace only. A path asked for by name is an error"
     " where the kernel cannot.",
 )
 @_cgroup_option

@@ -46,7 +46,7 @@ if TYPE_CHECKING:
 
 _SLOT_BYTES: Final[int] = ffi.sizeof("struct direct_slot")
 _RECORD_BYTES: Final = 8 + 8  # the ring's header, and the record rounded up to 8
-_RECORDS_PER_SLOT: Final = 2
+_RECORDS_PER_SLOT: Final = 3
 """What does not fit is told again, or found by the next look."""
 _SOCKETS_PER_SESSION: Final = 4
 """Applications' sockets in the map: they stay until they are closed, which may be
@@ -124,6 +124,12 @@ class DirectSlot:
         self._is_counted = True
         return _REFUSALS.get(self.words.refusal, "other")
 
+    def refuse(self) -> None:
+        """Have nothing handed over any more, because the other way is refused, which counts."""
+        if not self.words.refusal:
+            self._is_counted = True
+            self.words.refusal = lib.DIRECT_BLOCKS
+
     @property
     def is_overtaken(self) -> bool:
         """Whether bytes were handed over since the last flush."""
@@ -137,6 +143,10 @@ class DirectSlot:
     def open(self) -> bool:
         """Have what the sender sends pass the program; False when that is refused."""
         return bool(_answer(self._ask, lib.DIRECT_OPEN, self._index) == lib.DIRECT_YES)
+
+    def forget(self) -> None:
+        """Leave the sender to itself: it is on TCP, whatever it does."""
+        _answer(self._ask, lib.DIRECT_FORGET, self._index)
 
     def is_flushed(self) -> bool:
         """Look whether the receiver has read all that was handed over.
@@ -166,6 +176,11 @@ class DirectPair:
         self.to_client = to_client
 
     @property
+    def bytes(self) -> tuple[int, int]:
+        """Bytes that were handed over, by way."""
+        return self.to_backend.bytes, self.to_client.bytes
+
+    @property
     def is_refused(self) -> bool:
         """Whether nothing is handed over either way (any more)."""
         return self.to_backend.is_refused and self.to_client.is_refused
@@ -191,6 +206,7 @@ class Direct:
         self._resources = resources
         self._listeners = bpf_object.map("direct_listeners")
         self._own = bpf_object.map("direct_own")
+        self._found = bpf_object.map("direct_found")
         self._sockets = bpf_object.map("direct_sockets")
         self._senders = bpf_object.map("direct_senders")
         self._ask = bpf_object.program_fd("sock_direct_ask")
@@ -303,6 +319,11 @@ class Direct:
         """The map in which `dial` marks a socket."""
         return self._own.fd
 
+    @property
+    def found_fd(self) -> int:
+        """The map in which our sockets are that have a captured application at the other end."""
+        return self._found.fd
+
     def watch(
         self, client: socket.socket, backend: socket.socket, worker: int
     ) -> tuple[DirectPair | None, bool]:
@@ -343,18 +364,19 @@ class Direct:
         """
         if slot.bytes:
             return
-        reverse.words.refusal = reverse.words.refusal or lib.DIRECT_BLOCKS
+        reverse.refuse()
+        # First, for note_close() takes a session's socket that is in no map for one that is closed.
+        reverse.forget()
         cookie = int(slot.words.receiver).to_bytes(8, sys.byteorder)
         for sockets in (self._senders, self._sockets):
             with suppress(DatapathError):  # ENOENT: it was not in there, or is closed
                 sockets.delete(cookie)
 
     def forget(self, pair: DirectPair) -> None:
-        """Leave a session's applications to themselves; our sockets are closed."""
-        for way in (lib.SOCK_SLOT_TO_BACKEND, lib.SOCK_SLOT_TO_CLIENT):
-            index = pair.index * lib.SOCK_SLOTS_PER_SESSION + way
-            _answer(self._ask, lib.DIRECT_FORGET, index)
-            self._words[index].sender = 0
+        """Leave a session's applications to themselves: our sockets are closed, or go on by TCP."""
+        for slot in (pair.to_backend, pair.to_client):
+            slot.forget()
+            slot.words.sender = 0
         # First in, first out: a slot rests as long as it can before its reuse.
         self._free.append(pair.index)
 

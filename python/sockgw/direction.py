@@ -124,10 +124,9 @@ class Direction:
         return moved
 
     def bytes_by_path(self) -> dict[Path, int]:
-        """Return the bytes that have left for the target, by the way they went."""
+        """Return the bytes that have left our sockets for the target, by the way they went."""
         spliced = self.splice.slot.redirected if self.splice is not None else 0
-        direct = self.direct.bytes if self.direct is not None else 0
-        return {Path.DIRECT: direct, Path.SPLICE: spliced, Path.RELAY: self.relay.written}
+        return {Path.SPLICE: spliced, Path.RELAY: self.relay.written}
 
     def connected(self, splice: Splice | None) -> None:
         """Begin: there is a target, and `splice` if the source is in the map."""

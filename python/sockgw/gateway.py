@@ -35,10 +35,12 @@ if TYPE_CHECKING:
 
 _log = logging.getLogger("sockgw")
 
-_WITH_WIRE: Final = {Accel.AUTO, Accel.WIRE}
+_WITH_WIRE: Final = {Accel.AUTO, Accel.DIRECT, Accel.WIRE}
 
 _FDS_RESERVED: Final = 64
 """For what is not a session: maps, rings, epolls, the log, scrapes."""
+_FDS_RESERVED_DIRECT: Final = 96
+"""The same where direct, wire and splice are loaded."""
 _FDS_PER_SESSION: Final = 2
 _MAX_SESSIONS: Final = 1 << 16
 """Of all processes: the kernel gives every slot its memory at the load, 16 MiB for these."""
@@ -96,7 +98,9 @@ class Gateway:
     def _limit_sessions(self) -> None:
         """Decide how many sessions there may be, and how many processes are of use."""
         wanted = self._config.max_connections
-        allowed = sessions_allowed(_raise_nofile(), self._processes)
+        is_direct = self._config.accel is Accel.DIRECT
+        reserved = _FDS_RESERVED_DIRECT if is_direct else _FDS_RESERVED
+        allowed = sessions_allowed(_raise_nofile(), self._processes, reserved=reserved)
         if self._config.accel is Accel.WIRE and wanted is not None:
             # A session on wire costs no descriptor; who knows that most are says so.
             allowed = max(allowed, min(wanted, _MAX_SESSIONS))
@@ -169,7 +173,8 @@ class Gateway:
         if config.cgroup is not None:  # wrong is wrong, whatever path it is for
             features.find_cgroup2(config.cgroup)
         if config.persist is not None and config.accel not in _WITH_WIRE:
-            raise ConfigError("--persist: only sessions on wire persist; use --accel wire or auto")
+            way_out = "use --accel auto, direct or wire"
+            raise ConfigError(f"--persist: only sessions on wire persist; {way_out}")
         if config.persist is not None and self._processes > 1:
             raise ConfigError("--persist: not with several --processes")
 
@@ -282,7 +287,7 @@ class Gateway:
         return datapath
 
     def _load_direct(self) -> Direct | None:
-        """Load the direct path, if it was asked for by name; others go by splice."""
+        """Load the direct path, if it was asked for by name; who is not captured goes by wire."""
         config = self._config
         if config.accel is not Accel.DIRECT:
             return None
@@ -382,10 +387,10 @@ class Gateway:
             datapath.close()
 
 
-def sessions_allowed(nofile: int, processes: int = 1) -> int:
+def sessions_allowed(nofile: int, processes: int = 1, *, reserved: int = _FDS_RESERVED) -> int:
     """Return how many sessions an RLIMIT_NOFILE of `nofile` in each process has room for."""
     allowed = _MAX_SESSIONS if nofile == resource.RLIM_INFINITY else nofile
-    for_one = max(1, min(_MAX_SESSIONS, (allowed - _FDS_RESERVED) // _FDS_PER_SESSION))
+    for_one = max(1, min(_MAX_SESSIONS, (allowed - reserved) // _FDS_PER_SESSION))
     return min(_MAX_SESSIONS, for_one * processes)
 
 

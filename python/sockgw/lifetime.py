@@ -45,11 +45,11 @@ _LATE_S: Final = 0.1
 """A session that was streaming is paired when it is silent for so long."""
 _BLOCKING: Final = "blocking"  # sockgw.direct has it, which needs the binding
 _LET_GO_S: Final = 0.01
-"""What was being handed over when its receiver was found to wait is counted by then."""
+"""What was being handed over when that was refused is counted by then."""
 _SETTLE_S: Final = 0.001
 _FINISH: Final = struct.pack("ii", 0, 0)
 _ABORT: Final = struct.pack("ii", 1, 0)  # struct linger: on, 0 s: close() resets
-_NONE: Final = {Path.DIRECT: 0, Path.SPLICE: 0, Path.RELAY: 0}
+_NONE: Final = {Path.SPLICE: 0, Path.RELAY: 0}
 _WATCH_PAUSES_S: Final = (0.001, 0.01, 0.1, 1.0)
 """How long to wait for the backend's kernel to see the end of the handshake: it takes
 microseconds, or, with TCP_DEFER_ACCEPT, the client's first bytes."""
@@ -91,9 +91,12 @@ class Session:
         "_client_has_fin",
         "_client_mask",
         "_dial",
+        "_direct_bytes",
         "_directions",
         "_end",
         "_grace_until_s",
+        "_is_captured",
+        "_is_counted",
         "_is_unfit",
         "_late_moved",
         "_moved",
@@ -124,6 +127,9 @@ class Session:
         self._moved = self._late_moved = -1
         self._client_has_fin = False
         self._is_unfit = released.is_unfit
+        self._is_captured = released.is_captured
+        self._direct_bytes = released.direct_bytes
+        self._is_counted = released.is_counted
         self._client_mask = self._backend_mask = 0
         self._end: End | None = None
         self._grace_until_s = 0.0
@@ -200,7 +206,7 @@ class Session:
             self.rewatch()
 
     def on_direct(self) -> None:
-        """Have a look: a receiver has read, for the first time or everything."""
+        """Have a look: a receiver has read, for the first time or everything, or was refused."""
         if self.direct is None or self._directions is None or self._end is not None:
             return
         for direction in self._directions:
@@ -391,12 +397,11 @@ class Session:
         self._backend_mask = 0  # whatever is wanted from here on, it is not this
         if self._client_has_fin:
             to_backend.saw_fin()
-        splices: dict[Way, Splice] = {}
-        if released is None or (released.reason is Reason.HANDOVER and not released.held):
-            is_answer = released is not None and released.way is Way.TO_CLIENT
-            if not self._watch():
-                splices = self._pair(to_backend, to_client, is_client_first=is_answer)
-        if released is None or not released.is_counted:
+        splices = self._speed_up(to_backend, to_client, released)
+        if splices is None:
+            return
+        if not self._is_counted:
+            self._is_counted = True
             self.tally.sessions_total[self.path.value] += 1
         if released is not None and released.held:
             stalled = to_backend if released.held_way is Way.TO_BACKEND else to_client
@@ -416,23 +421,42 @@ class Session:
             self.later(_LATE_S, self._speed_up_late)
         self.rewatch()
 
+    def _speed_up(
+        self, to_backend: Direction, to_client: Direction, released: Released | None
+    ) -> dict[Way, Splice] | None:
+        """Find a faster path, if it is time for that; None: the loop has the session again."""
+        if released is not None and (released.reason is not Reason.HANDOVER or released.held):
+            return {}
+        was_captured = self._is_captured
+        if self._watch():
+            return {}
+        # To the loop they were captured: only now can it be armed there.
+        if was_captured and not self._is_captured and self._give_back(to_backend.relay.target):
+            return None
+        is_answer = released is not None and released.way is Way.TO_CLIENT
+        return self._pair(to_backend, to_client, is_client_first=is_answer)
+
     def _watch(self, tries: int = 0) -> bool:
         """Have the kernel hand over what the applications send, if both are on this host.
 
         Returns whether it does, or may come to.
         """
         direct, backend = self._worker.direct, self.backend
-        if direct is None or backend is None or _has_hangup(self.client, backend):
+        if direct is None or self._is_captured is False:
+            return False
+        if backend is None or _has_hangup(self.client, backend):
             return False
         try:
             found, may_come = direct.watch(self.client, backend, self._worker.index)
         except DatapathError as error:
+            self._is_captured = False
             self._refused(error)
             return False
         if found is None:
             if may_come and tries < len(_WATCH_PAUSES_S):
                 self.later(_WATCH_PAUSES_S[tries], partial(self._watch_again, tries + 1))
                 return True
+            self._is_captured = False
             self.tally.fallbacks["not_captured"] += 1
             return False
         self.direct = found
@@ -448,7 +472,7 @@ class Session:
         return True
 
     def _watch_again(self, tries: int) -> None:
-        if self._directions is None or self._end is not None:
+        if self._directions is None or self._end is not None or self.direct is not None:
             return
         if not self._watch(tries):
             self._speed_up_late()
@@ -470,7 +494,17 @@ class Session:
         to_backend, to_client = self.direct.to_backend, self.direct.to_client
         self._worker.direct.let_go(slot, to_client if slot is to_backend else to_backend)
         if self.direct.is_refused:
-            self._speed_up_late()
+            self.later(_LET_GO_S, self._speed_up_late)
+
+    def _leave_direct(self) -> None:
+        """Go on as if nobody had been captured: what was handed over is read, and no more is."""
+        self._direct_bytes = self._bytes_direct()
+        self._worker.forget(self)
+        self.direct = None
+        self._is_captured = False
+        for direction in self._directions or ():
+            direction.direct = None
+            direction.relay.source.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, _FINISH)
 
     def _speed_up_late(self) -> None:
         """Take a session that was streaming or stalled to a faster path, once it is silent."""
@@ -481,15 +515,17 @@ class Session:
         to_backend, to_client = self._directions
         if to_backend.has_seen_fin or to_client.has_seen_fin:
             return
-        moved = to_backend.moved + to_client.moved
         is_busy = not (to_backend.is_copying and to_client.is_copying)
-        if moved != self._late_moved or is_busy or not self._has_read_all():
+        if self.direct is not None and not is_busy and self._has_read_all():
+            self._leave_direct()
+            if self._give_back(to_backend.relay.target):
+                return
+        moved = to_backend.moved + to_client.moved
+        if moved != self._late_moved or is_busy or self.direct is not None:
             self._late_moved = moved
             self.later(_LATE_S, self._speed_up_late)
             return
-        if self._give_back(to_backend.relay.target):
-            return
-        if self.direct is None and self._watch():
+        if self._give_back(to_backend.relay.target) or self._watch():
             return
         splices = self._pair(to_backend, to_client)
         for direction in (to_client, to_backend):
@@ -511,14 +547,21 @@ class Session:
                 turn,
                 backend,
                 is_connected=True,
-                is_counted=self._directions is not None,
+                is_counted=self._is_counted,
+                is_captured=self._is_captured,
                 age_s=self.age_s,
                 sent=(sent[0], sent[1]) if sent else (0, 0),
+                direct_bytes=self._bytes_direct(),
             ),
         )
         if self.is_closed:
             self._directions = None
         return self.is_closed
+
+    def _bytes_direct(self) -> tuple[int, int]:
+        """Return what was handed over so far, by way."""
+        up, down = self.direct.bytes if self.direct is not None else (0, 0)
+        return self._direct_bytes[0] + up, self._direct_bytes[1] + down
 
     def _has_read_all(self) -> bool:
         """Tell whether what was handed over both ways has been read."""
@@ -598,7 +641,7 @@ class Session:
             path=self.path.value,
             end=end.value,
             moved=(up[Path.SPLICE], up[Path.RELAY], down[Path.SPLICE], down[Path.RELAY]),
-            direct_bytes=(up[Path.DIRECT], down[Path.DIRECT]),
+            direct_bytes=self._bytes_direct(),
             spills=sum(direction.spills for direction in directions),
             client_connection=worker.connection(self.client),
             backend_connection=worker.connection(self.backend),

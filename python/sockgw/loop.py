@@ -92,6 +92,8 @@ class Released(NamedTuple):
     """Whether `Loop.relayed` has it."""
     is_unfit: bool = False
     """Whether it cannot go by wire."""
+    is_captured: bool | None = None
+    """Whether the direct path has both its applications; None: that is not known yet."""
     way: Way = Way.TO_BACKEND
     """FULL: the direction; FAILED: which the socket feeds; HANDOVER: whose bytes there are."""
     error: int = 0
@@ -99,6 +101,8 @@ class Released(NamedTuple):
     age_s: float = 0.0
     sent: tuple[int, int] = _NOTHING
     """Bytes sent on, by way."""
+    direct_bytes: tuple[int, int] = _NOTHING
+    """Besides those, handed over before the session left the direct path."""
     is_ended: tuple[bool, bool] = _NOBODY
     """Whether the FIN is passed on, by way."""
     held: bytes = b""
@@ -121,6 +125,8 @@ class Ended(NamedTuple):
     finish: Finish = Finish.EOF
     wire_bytes: tuple[int, int] = _NOTHING
     """By way, besides what was copied."""
+    direct_bytes: tuple[int, int] = _NOTHING
+    """And so, before the session left the direct path."""
     is_wired: bool = False
     """Whether it went by wire at last."""
     backend_name: str = ""
@@ -156,6 +162,10 @@ class Loop(Protocol):
     @property
     def unfit(self) -> list[int]:
         """Sessions so far that could not, by `sockgw.wire.unfit_names`."""
+
+    @property
+    def uncaptured(self) -> int:
+        """Sessions so far that cannot go direct, because an application was not captured."""
 
     @property
     def relayed(self) -> int:
@@ -272,7 +282,7 @@ def open_run() -> Run | None:
 class PythonLoop:
     """`select.epoll`, and no session is plain."""
 
-    open = relayed = armed = on_wire = wired = 0
+    open = relayed = armed = on_wire = wired = uncaptured = 0
     sent = _NOTHING
     unfit: Final[list[int]] = []
 

@@ -171,6 +171,7 @@ class Worker:
         for name, count in zip(self._unfit_names, self.loop.unfit, strict=False):
             if name:
                 tally.fallbacks[name] += count
+        tally.fallbacks["not_captured"] += self.loop.uncaptured
         for way, sent in zip(WAYS, self.loop.sent, strict=True):
             tally.bytes[way.value, Path.RELAY.value] += sent
         return tally
@@ -247,6 +248,12 @@ class Worker:
         self.sessions.discard(session)
         self._watch_for_handover()
         return True
+
+    def forget(self, session: Session) -> None:
+        """Leave the applications of `session` to themselves, if they were watched."""
+        if session.direct is not None and self.direct is not None:
+            del self.watched[session.direct.index]
+            self.direct.forget(session.direct)
 
     def connection(self, sock: socket.socket | None) -> Connection | None:
         """Return what is known of `sock`; None without the sockops program."""
@@ -394,9 +401,7 @@ class Worker:
             if session.pair is not None and self.datapath is not None:
                 del self.paired[self.datapath.key(session.pair)]
                 self.datapath.unpair(session.pair)
-            if session.direct is not None and self.direct is not None:
-                del self.watched[session.direct.index]
-                self.direct.forget(session.direct)
+            self.forget(session)
             self.sessions.discard(session)
         if self._buried:
             self.listener.leave(len(self._buried))
@@ -437,6 +442,7 @@ class Worker:
                         one.client,
                         one.backend,
                         one.wire_bytes,
+                        one.direct_bytes,
                     )
                 )
 

@@ -297,7 +297,7 @@ def test_cgroup_that_the_gateway_is_not_in(
         for _ in range(3):
             exchange(client, server)
         assert running.metrics().value("gateway_fallbacks_total", reason="not_captured") == 1
-        running.await_sessions(1, path="splice")
+        running.await_sessions(1, path="wire")
         client.close()
         server.close()
         command = [*("sh", "-c", f'echo $$ > {inside}/cgroup.procs; exec "$@"', "sh")]

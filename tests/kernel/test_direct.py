@@ -367,6 +367,23 @@ def test_socket_that_is_let_go(sessions: Callable[[], Directed], way: Way) -> No
     assert isinstance(errors[0], ConnectionResetError)
 
 
+def test_half_close_of_a_socket_that_is_let_go(sessions: Callable[[], Directed], way: Way) -> None:
+    """Who is left to TCP and half-closes with bytes unread is not taken for who closes."""
+    session = sessions().watch()
+    sender, receiver = session.ends(way)
+    with reading(receiver, 1):
+        sender.sendall(b"x")
+        session.relay(way, 1)
+    slot = session.slot(way)
+    session.direct.let_go(slot, session.slot(reverse_of(way)))
+    sender.sendall(b"unread")
+    session.relay(way, 6)
+    assert receiver.recv(6, socket.MSG_PEEK)  # it has come
+    receiver.shutdown(socket.SHUT_WR)
+    assert not slot.was_cut
+    assert exactly(receiver, 6) == b"unread"
+
+
 def test_client_that_blocks_is_not_captured(direct: Direct, family: socket.AddressFamily) -> None:
     """A client whose connect() waits will wait in recv(): its socket is left alone."""
     session = Directed(direct, family, is_blocking=True)

@@ -257,9 +257,11 @@ struct sgw_released {
 	bool is_connected;
 	bool is_counted; /* in sgw_loop.relayed */
 	bool is_unfit; /* it cannot go by wire */
+	enum direct_answer captured; /* are both applications? */
 	uint32_t turn;
 	uint64_t age_ns;
 	uint64_t bytes[2]; /* sent on, by way */
+	uint64_t direct_bytes[2]; /* handed over before that, past us */
 	bool is_ended[2]; /* its FIN is passed on, by way */
 	char *held; /* of held_way; to be freed with free() */
 	size_t held_bytes;
@@ -281,6 +283,7 @@ struct sgw_ended { /* a session that ended without having been released */
 	uint64_t age_ns;
 	uint64_t bytes[2]; /* copied */
 	uint64_t wire_bytes[2];
+	uint64_t direct_bytes[2];
 	uint64_t is_wired; /* it went by wire at last */
 	struct sock_stats stats[2]; /* of the client, the backend */
 	char client_name[72];
@@ -299,6 +302,7 @@ struct sgw_loop {
 	uint32_t on_wire; /* of open */
 	uint64_t wired; /* sessions that went by wire */
 	uint64_t unfit[20]; /* SGW_UNFITS: sessions that cannot, by enum wire_unfit */
+	uint64_t uncaptured; /* sessions that cannot go direct */
 	const struct sgw_event *events;
 	int released_count; /* for the caller to set back to 0 */
 	int ended_count;
@@ -313,6 +317,7 @@ struct sgw_loop_settings {
 	int receive_bytes; /* 0: leave it to the kernel */
 	int stats_map; /* -1: none */
 	int own_map; /* of sockets that we dial, for the direct path; -1: none */
+	int found_map; /* our sockets with a captured application at the other end; -1: none */
 	bool is_logging; /* whether names and stats of ended sessions are wanted */
 	uint64_t *turns; /* sessions begun, by all that share the backends */
 	struct sgw_wire *wire; /* NULL: no session goes by wire */

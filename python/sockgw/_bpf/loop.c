@@ -76,11 +76,13 @@ int sgw_loop_return(struct sgw_loop *public, const struct sgw_released *returned
 	session = &loop->sessions[index];
 	session->started_ns = loop->now_ns - returned->age_ns;
 	memcpy(session->bytes, returned->bytes, sizeof(session->bytes));
+	memcpy(session->direct_bytes, returned->direct_bytes, sizeof(session->direct_bytes));
 	session->fds[CLIENT] = returned->client;
 	session->fds[BACKEND] = returned->backend;
 	session->turn = returned->turn;
 	session->is_answered = returned->bytes[SOCK_SLOT_TO_CLIENT] > 0;
 	session->is_counted = returned->is_counted;
+	session->captured = returned->captured;
 	session->address = address;
 	session->state = CONNECTED;
 	append(loop, &loop->connected, index);
@@ -88,7 +90,7 @@ int sgw_loop_return(struct sgw_loop *public, const struct sgw_released *returned
 	watch(loop, index, CLIENT, EPOLL_CTL_MOD, WATCH);
 	watch(loop, index, BACKEND, EPOLL_CTL_MOD, WATCH);
 	if (public->handover == SGW_AT_ONCE)
-		arm(loop, index);
+		choose_path(loop, index, CLIENT);
 	return 0;
 }
 

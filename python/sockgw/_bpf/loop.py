@@ -39,7 +39,9 @@ _FINISHES: Final = {
     lib.SGW_RESET_AS_ASKED: Finish.ASKED,
     lib.SGW_LOST: Finish.LOST,
 }
-_ENDED: Final = struct.Struct("=2I6Q Q8x2I Q8x2I 72s72s")
+_CAPTURED: Final = {lib.DIRECT_NO: False, lib.DIRECT_YES: True, lib.DIRECT_NOT_YET: None}
+_ANSWERS: Final = {is_captured: answer for answer, is_captured in _CAPTURED.items()}
+_ENDED: Final = struct.Struct("=2I8Q Q8x2I Q8x2I 72s72s")
 assert _ENDED.size == ffi.sizeof("struct sgw_ended")  # noqa: S101 - cdef.h changed
 _NS: Final = 1_000_000_000
 Guard: TypeAlias = "tuple[Any, int]"
@@ -76,6 +78,7 @@ class CompiledLoop:
                 "receive_bytes": RECEIVE_BYTES if receive_option else 0,
                 "stats_map": -1 if datapath is None else datapath.stats_fd,
                 "own_map": -1 if direct is None else direct.own_fd,
+                "found_map": -1 if direct is None else direct.found_fd,
                 "is_logging": is_logging,
                 "turns": self._turns,
                 "wire": ffi.NULL if wire is None else wire.handle,
@@ -128,6 +131,11 @@ class CompiledLoop:
     def unfit(self) -> list[int]:
         """Sessions so far that could not, by `sockgw.wire.unfit_names`."""
         return list(self._loop.unfit)
+
+    @property
+    def uncaptured(self) -> int:
+        """Sessions so far whose applications the direct path has not captured."""
+        return self._loop.uncaptured  # type: ignore[no-any-return]
 
     @property
     def relayed(self) -> int:
@@ -184,7 +192,9 @@ class CompiledLoop:
             "turn": released.turn,
             "age_ns": _ns(released.age_s),
             "bytes": released.sent,
+            "direct_bytes": released.direct_bytes,
             "is_counted": released.is_counted,
+            "captured": _ANSWERS[released.is_captured],
         }
         if lib.sgw_loop_return(self._loop, ffi.new("struct sgw_released *", session)):
             return False
@@ -278,10 +288,12 @@ def _released(record: Any) -> Released:  # noqa: ANN401 - struct sgw_released
         record.is_connected,
         record.is_counted,
         record.is_unfit,
+        _CAPTURED[record.captured],
         WAYS[record.way],
         record.error,
         record.age_ns / _NS,
         (record.bytes[0], record.bytes[1]),
+        (record.direct_bytes[0], record.direct_bytes[1]),
         (record.is_ended[0], record.is_ended[1]),
         held,
         WAYS[record.held_way],
@@ -296,6 +308,8 @@ def _ended(  # noqa: PLR0917 - in the order of the struct
     to_client_bytes: int,
     to_backend_wire_bytes: int,
     to_client_wire_bytes: int,
+    to_backend_direct_bytes: int,
+    to_client_direct_bytes: int,
     is_wired: int,
     client_since_ns: int,
     client_us: int,
@@ -316,6 +330,7 @@ def _ended(  # noqa: PLR0917 - in the order of the struct
         Connection(backend_us, backend_retransmits) if backend_since_ns else None,
         _FINISHES[finish],
         (to_backend_wire_bytes, to_client_wire_bytes),
+        (to_backend_direct_bytes, to_client_direct_bytes),
         bool(is_wired),
         backend_name.partition(b"\0")[0].decode(),
     )

@@ -23,6 +23,11 @@
 #define HANDOVER_AHEAD_NS 16000000
 #define HANDOVER_MOST_NS 1000000 /* one handover; longer it waited for something else */
 
+/* A backend's kernel may see the end of the handshake later than ours: by microseconds or,
+ * with TCP_DEFER_ACCEPT, at the client's first bytes.
+ */
+#define CAPTURED_BY_NS 1000000000
+
 /* A stream that is armed and does not pause is made to, when it has sent so much. */
 #define GATHER_BYTES 262144
 
@@ -177,7 +182,9 @@ static bool is_worth_handover(const struct loop *loop, const struct session *ses
 {
 	switch (loop->public.handover) {
 	case SGW_AT_ONCE:
-		return side == BACKEND || (session->is_answered && !(events & EPOLLRDHUP));
+		return side == BACKEND ||
+		       ((session->is_answered || session->captured == DIRECT_NOT_YET) &&
+			!(events & EPOLLRDHUP));
 	case SGW_AT_SECOND:
 		return side == CLIENT && session->is_answered && !(events & EPOLLRDHUP);
 	case SGW_NEVER:
@@ -211,15 +218,49 @@ void account_for_handovers(struct loop *loop)
 	loop->handover_ns += HANDOVER_PART * took_ns;
 }
 
+/* The client was captured before our end was established, or never will be; so was a backend
+ * that has sent something.
+ */
+static enum direct_answer are_captured(const struct loop *loop, const struct session *session,
+				       bool is_answered)
+{
+	uint64_t client = sgw_cookie(session->fds[CLIENT]);
+	uint64_t backend = sgw_cookie(session->fds[BACKEND]);
+	int map = loop->settings.found_map;
+	uint64_t application;
+
+	if (bpf_map_lookup_elem(map, &client, &application))
+		return DIRECT_NO;
+	if (!bpf_map_lookup_elem(map, &backend, &application))
+		return DIRECT_YES;
+	if (is_answered || loop->now_ns - session->started_ns >= CAPTURED_BY_NS)
+		return DIRECT_NO;
+	return DIRECT_NOT_YET;
+}
+
+/* Decide which faster path the session is for. The way to the wire begins here. */
+void choose_path(struct loop *loop, uint32_t index, uint32_t side)
+{
+	struct session *session = &loop->sessions[index];
+
+	if (session->captured == DIRECT_NOT_YET) {
+		session->captured =
+			are_captured(loop, session, side == BACKEND || session->is_answered);
+		loop->public.uncaptured += session->captured == DIRECT_NO;
+	}
+	if (session->captured == DIRECT_NO && loop->settings.wire && !session->is_tried)
+		arm(loop, index);
+}
+
 /* Let the session go on by a faster path; false if it has to be served here. */
 bool hand_over(struct loop *loop, uint32_t index, uint32_t side)
 {
 	struct session *session = &loop->sessions[index];
 	struct sgw_released *record;
 
-	if (loop->settings.wire && !session->is_tried)
-		arm(loop, index);
-	if (session->wire != NONE || !loop->settings.is_splicing || !may_hand_over(loop))
+	choose_path(loop, index, side);
+	if (session->captured == DIRECT_NOT_YET || session->wire != NONE ||
+	    !loop->settings.is_splicing || !may_hand_over(loop))
 		return false;
 	record = release(loop, index, SGW_HANDOVER);
 	if (record)

@@ -69,6 +69,7 @@ uint32_t take_session(struct loop *loop)
 	session->started_ns = session->active_ns = loop->now_ns;
 	session->fds[CLIENT] = session->fds[BACKEND] = -1;
 	session->wire = NONE;
+	session->captured = loop->settings.found_map < 0 ? DIRECT_NO : DIRECT_NOT_YET;
 	loop->public.open++;
 	return index;
 }
@@ -203,9 +204,11 @@ struct sgw_released *release(struct loop *loop, uint32_t index, enum sgw_reason 
 	record->is_connected = session->state == CONNECTED;
 	record->is_counted = session->is_counted;
 	record->is_unfit = session->is_unfit;
+	record->captured = session->captured;
 	record->turn = session->turn;
 	record->age_ns = loop->now_ns - session->started_ns;
 	memcpy(record->bytes, session->bytes, sizeof(record->bytes));
+	memcpy(record->direct_bytes, session->direct_bytes, sizeof(record->direct_bytes));
 	memcpy(record->is_ended, session->is_ended, sizeof(record->is_ended));
 	format_address(&session->address, record->client_name);
 	free_session(loop, index);
@@ -250,6 +253,7 @@ struct sgw_ended *record_end(struct loop *loop, const struct session *session, e
 	record->end = end;
 	record->age_ns = loop->now_ns - session->started_ns;
 	memcpy(record->bytes, session->bytes, sizeof(record->bytes));
+	memcpy(record->direct_bytes, session->direct_bytes, sizeof(record->direct_bytes));
 	if (loop->settings.is_logging)
 		format_address(&session->address, record->client_name);
 	return record;

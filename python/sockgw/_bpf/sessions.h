@@ -49,6 +49,7 @@ struct session {
 	uint64_t started_ns;
 	uint64_t active_ns;
 	uint64_t bytes[2]; /* by way */
+	uint64_t direct_bytes[2]; /* before it was returned */
 	int fds[2]; /* by side */
 	uint32_t generation;
 	uint32_t turn;
@@ -61,6 +62,7 @@ struct session {
 	uint8_t is_urgent; /* urgent bytes were seen */
 	uint8_t is_answered; /* the backend has sent something */
 	uint8_t is_counted; /* in relayed */
+	uint8_t captured; /* enum direct_answer: are both applications? */
 	uint8_t is_tried; /* whether it can go by wire was asked */
 	uint8_t is_unfit; /* and it cannot, or never has the moment */
 	uint16_t armed_events;
@@ -154,6 +156,7 @@ int watch(struct loop *loop, uint32_t index, uint32_t side, int operation, uint3
 /* --- plain.c */
 
 void begin(struct loop *loop, int client, const struct sockaddr_in6 *address);
+void choose_path(struct loop *loop, uint32_t index, uint32_t side);
 bool hand_over(struct loop *loop, uint32_t index, uint32_t side);
 void account_for_handovers(struct loop *loop);
 void on_event(struct loop *loop, uint32_t index, uint32_t side, uint32_t events);
