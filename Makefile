@@ -195,9 +195,9 @@ test-long: $(TEST_SETUP) $(BENCH_SETUP) ## Run every test, and those that take m
 
 # Ctrl-C ends it, and every program that it runs. A part: make bench BENCH_ARGS="--help".
 .PHONY: bench bench-quick
-bench: $(BENCH_SETUP) ## Measure beside haproxy, nginx, Envoy, Go: 100 minutes; writes docs/benchmarks.md
+bench: $(BENCH_SETUP) ## Measure beside haproxy, nginx, Envoy, Go: 110 minutes; writes docs/benchmarks.md
 	@$(BIN)/python -m tests.bench $(BENCH_ARGS)
-bench-quick: $(BENCH_SETUP) ## The same in six minutes, into .bench/quick/
+bench-quick: $(BENCH_SETUP) ## The same in seven minutes, into .bench/quick/
 	@$(BIN)/python -m tests.bench --quick $(BENCH_ARGS)
 
 C_FILES = $(wildcard bpf/*.[ch] python/sockgw/_bpf/*.[ch])

@@ -88,7 +88,7 @@ def _options() -> argparse.Namespace:
         description="Measure sockgw beside haproxy, nginx, Envoy, Go and no proxy.",
     )
     names = [opponent.name for opponent in OPPONENTS]
-    parser.add_argument("--quick", action="store_true", help="less of it, within six minutes")
+    parser.add_argument("--quick", action="store_true", help="less of it, within seven minutes")
     parser.add_argument(
         "--network",
         type=_names(tuple(NETWORKS)),

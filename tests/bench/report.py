@@ -83,9 +83,9 @@ _CLAIM_UNITS: Final = {
 }
 _CLAIMED_AT: Final = "keepalive-10000"
 _REPEAT: Final = """\
-`make bench`, on a machine that does nothing else, installs what is missing, takes 100 minutes
+`make bench`, on a machine that does nothing else, installs what is missing, takes 110 minutes
 and rewrites this page; what it says of missed rows comes from [notes.md](../tests/bench/notes.md).
-`make bench-quick` takes six minutes and writes to `.bench/quick/`. A part:
+`make bench-quick` takes seven minutes and writes to `.bench/quick/`. A part:
 
 ```
 make bench BENCH_ARGS="--network namespaces --rounds 3 --duration 2 --output /tmp/bench \\
