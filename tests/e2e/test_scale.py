@@ -29,7 +29,9 @@ if TYPE_CHECKING:
 
 CROWD = 5_000
 RSS_PER_IDLE_SESSION_BYTES = 8 * KIB
-RSS_LEFT_BYTES = 11 * MIB  # in each process: the interpreter's arenas, its own in each
+RSS_LEFT_BYTES = 14 * MIB
+"""In each process: of the interpreter's arenas, those in which anything is left stay, and
+the next crowd uses them (2.4 KiB a session on splice and direct)."""
 EXCHANGES = 10_000
 BUSY_SESSIONS = 50
 WAKEUPS = 100
@@ -46,8 +48,8 @@ def test_5000_sessions_at_once(gateway: StartGateway, path: PathUnderTest) -> No
     with echo_process() as (address, backend):
         running = gateway(address)
         process = running.process
+        rss_before = settled("resident memory", process.rss_bytes, for_s=0.3)
         with crowd_process(running.address) as crowd:
-            rss_before = settled("resident memory", process.rss_bytes, for_s=0.3)
             assert crowd.ask("open", CROWD)["count"] == CROWD
             assert backend.ask("status")["open"] == CROWD
             running.await_sessions(CROWD)
@@ -66,8 +68,13 @@ def test_5000_sessions_at_once(gateway: StartGateway, path: PathUnderTest) -> No
         assert len(lines) == CROWD
         assert {line["end"] for line in lines} == {"eof"}
         assert {line.bytes("to_client") for line in lines} == {205}
+        with crowd_process(running.address) as crowd:
+            assert crowd.ask("open", CROWD)["count"] == CROWD
+            assert crowd.ask("echo", 100)["count"] == CROWD
+            assert crowd.ask("close")["count"] == CROWD
+        running.await_idle()
         eventually(
-            "resident memory back to the start",
+            "no more memory than one crowd leaves",
             lambda: process.rss_bytes() - rss_before < RSS_LEFT_BYTES * path.processes,
         )
 
