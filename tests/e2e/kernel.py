@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """What the kernel says of a process, of TCP's memory and of its BPF objects.
 
-Read from /proc and bpftool only: nothing here asks the gateway.
+Read from /proc, bpf(2) and bpftool only: nothing here asks the gateway.
 """
 
 from __future__ import annotations
@@ -9,7 +9,9 @@ from __future__ import annotations
 import ctypes
 import json
 import os
+import platform
 import re
+import struct
 import subprocess
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,6 +19,9 @@ from typing import Any
 
 PAGE_BYTES = os.sysconf("SC_PAGE_SIZE")
 _TICKS_PER_S = os.sysconf("SC_CLK_TCK")
+_SYS_BPF = {"x86_64": 321, "aarch64": 280}[platform.machine()]
+_GET_NEXT_ID = {"prog": 11, "map": 12, "link": 31}  # linux/bpf.h
+_LIBC = ctypes.CDLL(None)
 
 
 class Process:
@@ -134,11 +139,20 @@ def bpftool(*args: str | int | Path) -> Any:
 
 
 def bpf_ids() -> dict[str, set[int]]:
-    """Return the ids of all BPF programs, maps and links; none for those who may not look."""
+    """Return the ids of all BPF programs, maps and links; none for those who may not look.
+
+    bpftool would load a program of its own for each answer.
+    """
     ids: dict[str, set[int]] = {}
-    for kind in ("prog", "map", "link"):
-        shown = bpftool(kind, "show") or []
-        ids[kind] = {found["id"] for found in shown if "id" in found}
+    attributes = ctypes.create_string_buffer(12)
+    for kind, command in _GET_NEXT_ID.items():
+        ids[kind], number = set(), 0
+        while True:
+            struct.pack_into("=III", attributes, 0, number, 0, 0)
+            if _LIBC.syscall(_SYS_BPF, command, attributes, len(attributes)):
+                break
+            _, number, _ = struct.unpack("=III", attributes.raw)
+            ids[kind].add(number)
     return ids
 
 
