@@ -432,7 +432,7 @@ def test_inspection_with_bpftool(
 
     mount = kernel.cgroup2_mounts()[0]
     attached = {program["id"] for program in kernel.bpftool("cgroup", "list", mount)}
-    attached &= running.bpf_created["prog"]
+    attached &= running.process.bpf_ids()["prog"]
     assert len(attached) == 1
 
     client.close()
