@@ -187,3 +187,13 @@ def root() -> None:
     capabilities = next(line for line in status.splitlines() if line.startswith("CapEff:"))
     if os.geteuid() != 0 or not int(capabilities.split()[1], 16) & _CAP_SYS_ADMIN:
         pytest.skip("needs root, with CAP_SYS_ADMIN")
+
+
+@pytest.fixture
+def bpffs(tmp_path: Path, root: None) -> Iterator[Path]:
+    """A bpffs of the test's own."""
+    point = tmp_path / "bpf"
+    point.mkdir()
+    subprocess.run(["mount", "-t", "bpf", "bpf", point], check=True, timeout=20)
+    yield point
+    subprocess.run(["umount", point], check=True, timeout=20)

@@ -196,6 +196,12 @@ def unreclaimable_slab_bytes() -> int:
     return int(found[1]) * 1024
 
 
+def backlog_drops() -> int:
+    """Return the packets that full backlogs (net.core.netdev_max_backlog) have dropped so far."""
+    lines = Path("/proc/net/softnet_stat").read_text().splitlines()
+    return sum(int(line.split()[1], 16) for line in lines)
+
+
 def tcp_memory_bytes(*ports: int) -> int:
     """Return what is charged to the TCP sockets of these ports, at either end.
 

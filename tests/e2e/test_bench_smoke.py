@@ -21,7 +21,7 @@ import pytest
 from .waits import eventually
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Iterator, Sequence
 
 _ROOT = Path(__file__).parents[2]
 _WITHIN_S = 100.0
@@ -115,12 +115,12 @@ def assert_is_whole(one: dict[str, Any]) -> None:
         assert latencies == sorted(latencies), what
 
 
-def test_a_short_run_reports_everything(tmp_path: Path, splice_verdict: str) -> None:
-    """Each measurement has every figure and no error; JSON, page and plots show them."""
-    workloads = ("keepalive-1", "keepalive-100", "new-connections", "bulk-1")
-    opponents = ("none", "haproxy", "sockgw-off", *(() if splice_verdict else ("sockgw-splice",)))
+def measure_each(
+    workloads: Sequence[str], opponents: Sequence[str], output: Path
+) -> dict[str, Any]:
+    """Measure each of `opponents` under each of `workloads`; every figure must be there."""
     results = run_bench(
-        *("--workloads", ",".join(workloads), "--opponents", ",".join(opponents)), output=tmp_path
+        *("--workloads", ",".join(workloads), "--opponents", ",".join(opponents)), output=output
     )
     found = measured(results)
     assert [(one["workload"], one["opponent"]) for one in found] == [
@@ -128,6 +128,14 @@ def test_a_short_run_reports_everything(tmp_path: Path, splice_verdict: str) -> 
     ]
     for one in found:
         assert_is_whole(one)
+    return results
+
+
+def test_a_short_run_reports_everything(tmp_path: Path, splice_verdict: str) -> None:
+    """Each measurement has every figure and no error; JSON, page and plots show them."""
+    workloads = ("keepalive-1", "keepalive-100", "new-connections", "bulk-1")
+    opponents = ("none", "haproxy", "sockgw-off", *(() if splice_verdict else ("sockgw-splice",)))
+    results = measure_each(workloads, opponents, tmp_path)
     assert results["machine"]["kernel"] == os.uname().release
     tools = {"wrk", "redis-benchmark", "redis-server", "iperf3", "sockperf", "nginx"}
     assert set(opponents) | tools == set(results["versions"])
@@ -167,15 +175,7 @@ def test_redis_is_measured(tmp_path: Path, splice_verdict: str) -> None:
     """redis-benchmark's GETs have every figure and no error, and redis-server has counted them."""
     workloads = ("redis-1", "redis-100")
     opponents = ("none", "sockgw-off" if splice_verdict else "sockgw-direct")
-    results = run_bench(
-        *("--workloads", ",".join(workloads), "--opponents", ",".join(opponents)), output=tmp_path
-    )
-    found = measured(results)
-    assert [(one["workload"], one["opponent"]) for one in found] == [
-        (workload, opponent) for workload in workloads for opponent in opponents
-    ]
-    for one in found:
-        assert_is_whole(one)
+    for one in measure_each(workloads, opponents, tmp_path)["measurements"]:
         assert one["is_counted"]
         if one["opponent"] == "sockgw-direct":
             assert one["facts"]['gateway_bytes_total{direction="to_client",path="direct"}'] > 0

@@ -32,7 +32,9 @@ from .traffic import (
     Stream,
     Task,
     exchange,
+    go_direct,
     pause,
+    random_seed,
     read_bytes,
     receive,
     receive_exactly,
@@ -44,7 +46,6 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
     from .conftest import OpenSession, StartGateway
-    from .gateways import Gateway
 
 pytestmark = pytest.mark.parametrize(
     "path",
@@ -59,34 +60,11 @@ _SO_ZEROCOPY = 60
 _MSG_ZEROCOPY = 0x4000000
 
 
-def _seed() -> int:
-    seed = int(os.environ.get("SOCKGW_TEST_SEED") or random.SystemRandom().getrandbits(32))
-    print(f"SOCKGW_TEST_SEED={seed}")  # noqa: T201 - shown when the test fails
-    return seed
-
-
 def _oriented(
     pair: tuple[socket.socket, socket.socket], direction: str
 ) -> tuple[socket.socket, socket.socket]:
     client, server = pair
     return (client, server) if direction == "to_backend" else (server, client)
-
-
-def _go_direct(running: Gateway, client: socket.socket, server: socket.socket) -> None:
-    """Exchange messages until one goes direct both ways."""
-    exchange(client, server)
-
-    def is_direct() -> bool:
-        before = running.metrics()
-        exchange(client, server)
-        after = running.metrics()
-        return all(
-            after.bytes_by(direction=direction, path="direct")
-            > before.bytes_by(direction=direction, path="direct")
-            for direction in ("to_backend", "to_client")
-        )
-
-    eventually("a message that goes direct both ways", is_direct)
 
 
 # --- switching
@@ -97,10 +75,10 @@ def test_thousands_of_switches(
     gateway: StartGateway, backend: Backend, session: OpenSession, direction: str
 ) -> None:
     """A stream that changes between direct and TCP thousands of times arrives as it was sent."""
-    rng = random.Random(_seed())
+    rng = random.Random(random_seed())
     running = gateway(backend.address, direct_bound=3000)
     pair = session(running, backend)
-    _go_direct(running, *pair)
+    go_direct(running, *pair)
     sender, receiver = _oriented(pair, direction)
     stream = Stream(1, 8 * MIB)
     offset = rounds = 0
@@ -132,10 +110,10 @@ def test_random_stream_to_a_slow_reader(
     gateway: StartGateway, backend: Backend, session: OpenSession, bound: str
 ) -> None:
     """Streams both ways, of random pieces and at a random pace, arrive whole, with their ends."""
-    rng = random.Random(_seed())
+    rng = random.Random(random_seed())
     running = gateway(backend.address, direct_bound=bound)
     client, server = session(running, backend)
-    _go_direct(running, client, server)
+    go_direct(running, client, server)
     sent = running.metrics().value("gateway_bytes_total") / 2
     up, down = Stream(1, 24 * MIB), Stream(2, 24 * MIB)
 
@@ -183,7 +161,7 @@ def test_fin_waits_for_the_reader(
     """A FIN comes behind what was handed over, and the drain of a gateway waits for that."""
     running = gateway(backend.address, drain_timeout=20)
     pair = session(running, backend)
-    _go_direct(running, *pair)
+    go_direct(running, *pair)
     sender, receiver = _oriented(pair, direction)
     stream = Stream(1, 1 * MIB)
     sender.sendall(stream.all())
@@ -206,7 +184,7 @@ def test_receiver_that_closes_without_having_read(
     """close() with bytes unread resets the session, as it does without a proxy."""
     running = gateway(backend.address)
     pair = session(running, backend)
-    _go_direct(running, *pair)
+    go_direct(running, *pair)
     sender, receiver = _oriented(pair, direction)
     sender.sendall(b"unread")
     receiver.close()
@@ -223,7 +201,7 @@ def test_gateway_killed_with_bytes_unread(
     """After `kill -9` a receiver that has not read everything does not see a clean end."""
     running = gateway(backend.address)
     pair = session(running, backend)
-    _go_direct(running, *pair)
+    go_direct(running, *pair)
     sender, receiver = _oriented(pair, direction)
     sender.sendall(bytes(MIB))
     sender.shutdown(socket.SHUT_WR)
@@ -241,7 +219,7 @@ def test_gateway_killed_under_load(
     running = gateway(backend.address)
     pairs = [session(running, backend) for _ in range(20)]
     for pair in pairs:
-        _go_direct(running, *pair)
+        go_direct(running, *pair)
     stop = time.monotonic() + DEADLINE_S
 
     def talk(client: socket.socket, server: socket.socket) -> bool:
@@ -267,7 +245,7 @@ def test_third_party(gateway: StartGateway, backend: Backend, session: OpenSessi
     """Connections to the same backend without the gateway, and to others, stay what they are."""
     running = gateway(backend.address)
     client, server = session(running, backend)
-    _go_direct(running, client, server)
+    go_direct(running, client, server)
     sockets = running.maps()["direct_sockets"]
     assert kernel.map_entries(sockets) == 2
     with Backend() as other:
@@ -449,7 +427,7 @@ def test_reader(
     running = gateway(backend.address, direct_bound=bound)
     client, server = session(running, backend)
     stream = Stream(1, 3 * MIB)
-    rng = random.Random(_seed())
+    rng = random.Random(random_seed())
 
     def sizes() -> Iterator[int]:
         yield 10
@@ -476,7 +454,7 @@ def test_file_sent_by_sendfile(
     """sendfile(2) arrives whole, and direct."""
     running = gateway(backend.address)
     client, server = session(running, backend)
-    _go_direct(running, client, server)
+    go_direct(running, client, server)
     stream = Stream(1, 20 * MIB)
     file = tmp_path / "file"
     file.write_bytes(stream.all())
@@ -522,7 +500,7 @@ def test_urgent_byte(gateway: StartGateway, backend: Backend, session: OpenSessi
     """An urgent byte arrives in its place among the others, as on every path."""
     running = gateway(backend.address)
     client, server = session(running, backend)
-    _go_direct(running, client, server)
+    go_direct(running, client, server)
     client.sendall(b"before ")
     client.send(b"!", socket.MSG_OOB)
     client.sendall(b" behind")
@@ -535,7 +513,7 @@ def test_session_of_many_exchanges_is_not_idle(
     """A session that is busy on direct is never timed out; one that falls silent is."""
     running = gateway(backend.address, idle_timeout=1)
     client, server = session(running, backend)
-    _go_direct(running, client, server)
+    go_direct(running, client, server)
     relayed = running.metrics().value("gateway_bytes_total", path="relay")
     end = time.monotonic() + 2.5
     while time.monotonic() < end:
@@ -554,7 +532,7 @@ def test_both_reset_and_clean_ends_are_quick(
     running = gateway(backend.address)
     for _ in range(5):
         client, server = session(running, backend)
-        _go_direct(running, client, server)
+        go_direct(running, client, server)
         begun = time.monotonic()
         client.shutdown(socket.SHUT_WR)
         assert server.recv(1) == b""

@@ -12,7 +12,6 @@ import os
 import random
 import signal
 import socket
-import subprocess
 import threading
 from functools import partial
 from typing import TYPE_CHECKING, NamedTuple
@@ -31,7 +30,10 @@ from .traffic import (
     Stream,
     Task,
     exchange,
+    finish,
+    go_direct,
     pause,
+    random_seed,
     receive,
     send,
     send_and_finish,
@@ -167,34 +169,6 @@ def _talk_until(running: Gateway, ends: Ends, count: int = 1, *, path: str = "wi
     eventually(f"{count} sessions on {path}", talk)
 
 
-def _go_direct(running: Gateway, ends: Ends) -> None:
-    """Talk until messages go direct both ways."""
-
-    def talk() -> bool:
-        before = running.metrics()
-        exchange(*ends)
-        after = running.metrics()
-        return all(
-            after.bytes_by(direction=direction, path="direct")
-            > before.bytes_by(direction=direction, path="direct")
-            for direction in DIRECTIONS
-        )
-
-    eventually("a message that goes direct both ways", talk)
-
-
-def _finish(ends: Ends, up: Stream, down: Stream) -> None:
-    """Send both ways at once to the end, compare, and close."""
-    sending = [Task(send_and_finish, ends.client, up), Task(send_and_finish, ends.server, down)]
-    at_server = Task(receive, ends.server)
-    assert receive(ends.client) == down.receipt()
-    assert at_server.result() == up.receipt()
-    for task in sending:
-        task.result()
-    for sock in ends:
-        sock.close()
-
-
 def _receive_blocking(sock: socket.socket, has_begun: threading.Event) -> Receipt:
     """Read to the end by calls that wait in the kernel."""
     sock.settimeout(None)
@@ -223,12 +197,6 @@ def _assert_sums(running: Gateway, sessions: int, moved: dict[str, int]) -> None
             assert metrics.bytes_by(direction=direction, path=path) == logged, (direction, path)
 
 
-def _seed() -> int:
-    seed = int(os.environ.get("SOCKGW_TEST_SEED") or random.SystemRandom().getrandbits(32))
-    print(f"SOCKGW_TEST_SEED={seed}")  # noqa: T201 - shown when the test fails
-    return seed
-
-
 # --- who goes by wire ----------------------------------------------------------
 
 
@@ -243,7 +211,7 @@ def test_backend_on_another_machine(
         ends = Ends(place.connect(running.address), backend.accept())
         _talk_until(running, ends)
         up, down = Stream(1, 8 * MIB), Stream(2, 8 * MIB)
-        _finish(ends, up, down)
+        finish(*ends, up, down)
         line = running.access_lines(1)[0]
         assert line["path"] == "wire"
         for direction in DIRECTIONS:
@@ -260,15 +228,15 @@ def test_both_at_once(gateway: StartGateway, backend: Backend, sessions: Session
     running = gateway(backend.address)
     inside = sessions.inside(running, backend)
     outside = sessions.outside(running, backend)
-    _go_direct(running, inside)
+    go_direct(running, *inside)
     _talk_until(running, outside)
     assert _active(running.metrics(), "direct") == 1
     spoken = running.metrics()
     before = {way: int(spoken.value("gateway_bytes_total", direction=way)) for way in DIRECTIONS}
     streams = [Stream(number, 16 * MIB) for number in range(4)]
     tasks = [
-        Task(_finish, inside, streams[0], streams[1]),
-        Task(_finish, outside, streams[2], streams[3]),
+        Task(finish, *inside, streams[0], streams[1]),
+        Task(finish, *outside, streams[2], streams[3]),
     ]
     for task in tasks:
         task.result()
@@ -287,7 +255,7 @@ def test_random_transfers(
 ) -> None:
     """Random two-way transfers of a crowd, half of it captured, arrive as they were sent."""
     running = gateway(backend.address, processes=processes)
-    run = Run(_seed(), longest=4 * MIB)
+    run = Run(random_seed(), longest=4 * MIB)
     count = 40
     enough = threading.Event()
     serving = Task(serve, backend, run, enough)
@@ -321,7 +289,7 @@ def test_first_backend_that_refuses(
         outside = sessions.outside(running, backend)
         inside = sessions.inside(running, backend)
         _talk_until(running, outside)
-        _go_direct(running, inside)
+        go_direct(running, *inside)
         for sock in (*inside, *outside):
             sock.close()
         running.await_sessions(0)
@@ -345,7 +313,7 @@ def test_backend_that_defers_accepting(
         server.sendall(b"pong")
         assert server.recv(4) == b"ping"
         assert client.recv(4) == b"pong"
-        _go_direct(running, Ends(client, server))
+        go_direct(running, client, server)
         client.close()
         server.close()
         assert running.access_lines(1)[0]["path"] == "direct"
@@ -359,7 +327,7 @@ def test_unfit_for_both(gateway: StartGateway, tmp_path: Path) -> None:
         running = gateway(backend.address, listen=place.listen, netns=place.netns)
         ends = Ends(place.connect(running.address), backend.accept())
         _talk_until(running, ends, path="splice")
-        _finish(ends, Stream(1, 4 * MIB), Stream(2, 4 * MIB))
+        finish(*ends, Stream(1, 4 * MIB), Stream(2, 4 * MIB))
         metrics = running.metrics()
         assert metrics.value("gateway_fallbacks_total", reason="not_captured") == 1
         assert metrics.value("gateway_fallbacks_total", reason="timestamps") == 1
@@ -377,10 +345,10 @@ def test_without_wire(gateway: StartGateway, backend: Backend, sessions: Session
     assert "CAP_NET_RAW" in warning
     inside = sessions.inside(running, backend)
     outside = sessions.outside(running, backend)
-    _go_direct(running, inside)
+    go_direct(running, *inside)
     _talk_until(running, outside, path="splice")
-    _finish(inside, Stream(1, MIB), Stream(2, MIB))
-    _finish(outside, Stream(3, MIB), Stream(4, MIB))
+    finish(*inside, Stream(1, MIB), Stream(2, MIB))
+    finish(*outside, Stream(3, MIB), Stream(4, MIB))
     assert sorted(line["path"] for line in running.access_lines(2)) == ["direct", "splice"]
 
 
@@ -400,7 +368,7 @@ def test_server_that_waits_in_recv(
     assert metrics.value("gateway_fallbacks_total", reason="blocking") == 1
     assert metrics.value("gateway_ebpf_active_pairs") == 0
     spoken = int(metrics.value("gateway_bytes_total", direction="to_backend"))
-    _finish(ends, Stream(1, 8 * MIB), Stream(2, 8 * MIB))
+    finish(*ends, Stream(1, 8 * MIB), Stream(2, 8 * MIB))
     line = running.access_lines(1)[0]
     assert line["end"] == "eof"
     assert line["path"] == "wire"
@@ -411,7 +379,7 @@ def test_server_that_waits_in_recv(
 
 def test_handed_back_under_way(gateway: StartGateway, backend: Backend, sessions: Sessions) -> None:
     """Random pieces under way in both directions when a session leaves direct for the wire."""
-    rng = random.Random(_seed())
+    rng = random.Random(random_seed())
     running = gateway(backend.address)
     pairs = [sessions.inside(running, backend) for _ in range(8)]
 
@@ -453,14 +421,14 @@ def test_some_bytes_went_direct(
     """A session that has gone direct before both its ends were left to TCP goes by wire, too."""
     running = gateway(backend.address)
     ends = sessions.inside(running, backend)
-    _go_direct(running, ends)
+    go_direct(running, *ends)
     for sock in ends:  # from now on they are left to TCP
         sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVLOWAT, 2)
     _talk_until(running, ends)
     for sock in ends:
         sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVLOWAT, 1)
     spoken = int(running.metrics().value("gateway_bytes_total", direction="to_backend"))
-    _finish(ends, Stream(1, MIB), Stream(2, MIB))
+    finish(*ends, Stream(1, MIB), Stream(2, MIB))
     line = running.access_lines(1)[0]
     for direction in DIRECTIONS:
         assert line.bytes(direction, "direct") > 0
@@ -481,6 +449,14 @@ def _on_wire(running: Gateway, backend: Backend, sessions: Sessions, how: str) -
         ends.server.settimeout(None)
     _talk_until(running, ends)
     return ends
+
+
+def _one_of_each(running: Gateway, backend: Backend, sessions: Sessions) -> tuple[Ends, Ends]:
+    """Open a session on wire, and one on direct."""
+    outside, inside = sessions.outside(running, backend), sessions.inside(running, backend)
+    _talk_until(running, outside)
+    go_direct(running, *inside)
+    return outside, inside
 
 
 how_on_wire = pytest.mark.parametrize("how", ["uncaptured", "blocking"])
@@ -523,9 +499,7 @@ def test_reset(
 def test_idle_timeout(gateway: StartGateway, backend: Backend, sessions: Sessions) -> None:
     """Sessions of both kinds are reset when they are idle."""
     running = gateway(backend.address, idle_timeout="1s")
-    outside, inside = sessions.outside(running, backend), sessions.inside(running, backend)
-    _talk_until(running, outside)
-    _go_direct(running, inside)
+    outside, inside = _one_of_each(running, backend, sessions)
     for sock in (*inside, *outside):
         assert is_reset(sock, within_s=5)
         sock.close()
@@ -535,13 +509,11 @@ def test_idle_timeout(gateway: StartGateway, backend: Backend, sessions: Session
 def test_drain(gateway: StartGateway, backend: Backend, sessions: Sessions) -> None:
     """A drain waits for sessions of both kinds."""
     running = gateway(backend.address, drain_timeout=20)
-    outside, inside = sessions.outside(running, backend), sessions.inside(running, backend)
-    _talk_until(running, outside)
-    _go_direct(running, inside)
+    outside, inside = _one_of_each(running, backend, sessions)
     running.signal(signal.SIGTERM)
     for ends in (outside, inside):
         exchange(*ends, b"still here")
-        _finish(ends, Stream(1, MIB), Stream(2, MIB))
+        finish(*ends, Stream(1, MIB), Stream(2, MIB))
     assert running.await_exit() == 0
     assert sorted(line["path"] for line in running.access_lines(2)) == ["direct", "wire"]
 
@@ -549,9 +521,7 @@ def test_drain(gateway: StartGateway, backend: Backend, sessions: Sessions) -> N
 def test_killed(gateway: StartGateway, backend: Backend, sessions: Sessions) -> None:
     """After `kill -9` sessions of both kinds are reset, and nothing is left."""
     running = gateway(backend.address)
-    outside, inside = sessions.outside(running, backend), sessions.inside(running, backend)
-    _talk_until(running, outside)
-    _go_direct(running, inside)
+    outside, inside = _one_of_each(running, backend, sessions)
     running.signal(signal.SIGKILL)
     running.await_exit()
     for sock in (*inside, *outside):
@@ -561,35 +531,27 @@ def test_killed(gateway: StartGateway, backend: Backend, sessions: Sessions) -> 
 
 
 def test_persistence(
-    gateway: StartGateway, backend: Backend, sessions: Sessions, tmp_path: Path
+    gateway: StartGateway, backend: Backend, sessions: Sessions, bpffs: Path
 ) -> None:
     """With --persist what is on wire outlives the gateway, and what is direct is reset."""
-    point = tmp_path / "bpf"
-    point.mkdir()
-    subprocess.run(["mount", "-t", "bpf", "bpf", point], check=True, timeout=20)
-    try:
-        first = gateway(backend.address, persist=point / "sockgw")
-        outside, inside = sessions.outside(first, backend), sessions.inside(first, backend)
-        _talk_until(first, outside)
-        _go_direct(first, inside)
-        first.signal(signal.SIGKILL)
-        first.await_exit()
-        for sock in inside:
-            assert is_reset(sock, within_s=5)
-            sock.close()
-        exchange(*outside, b"between" * 1000)
-        second = gateway(backend.address, persist=point / "sockgw")
-        inside = sessions.inside(second, backend)
-        _go_direct(second, inside)
-        _talk_until(second, outside)
-        for ends in (outside, inside):
-            _finish(ends, Stream(1, MIB), Stream(2, MIB))
-        assert sorted(line["path"] for line in second.access_lines(2)) == ["direct", "wire"]
-        assert second.stop() == 0
-        assert run_sockgw("clean", str(point / "sockgw")).returncode in {0, USAGE}
-        first.assert_nothing_in_kernel()
-    finally:
-        subprocess.run(["umount", point], check=True, timeout=20)
+    first = gateway(backend.address, persist=bpffs / "sockgw")
+    outside, inside = _one_of_each(first, backend, sessions)
+    first.signal(signal.SIGKILL)
+    first.await_exit()
+    for sock in inside:
+        assert is_reset(sock, within_s=5)
+        sock.close()
+    exchange(*outside, b"between" * 1000)
+    second = gateway(backend.address, persist=bpffs / "sockgw")
+    inside = sessions.inside(second, backend)
+    go_direct(second, *inside)
+    _talk_until(second, outside)
+    for ends in (outside, inside):
+        finish(*ends, Stream(1, MIB), Stream(2, MIB))
+    assert sorted(line["path"] for line in second.access_lines(2)) == ["direct", "wire"]
+    assert second.stop() == 0
+    assert run_sockgw("clean", str(bpffs / "sockgw")).returncode in {0, USAGE}
+    first.assert_nothing_in_kernel()
 
 
 # --- short sessions ------------------------------------------------------------

@@ -4,7 +4,6 @@
 from __future__ import annotations
 
 import signal
-import subprocess
 from typing import TYPE_CHECKING, Any, Protocol
 
 import pytest
@@ -24,16 +23,6 @@ if TYPE_CHECKING:
 USAGE = 2
 
 pytestmark = pytest.mark.usefixtures("root", "kernel_path")
-
-
-@pytest.fixture
-def bpffs(tmp_path: Path, root: None) -> Iterator[Path]:
-    """A bpffs of the test's own."""
-    point = tmp_path / "bpf"
-    point.mkdir()
-    subprocess.run(["mount", "-t", "bpf", "bpf", point], check=True, timeout=20)
-    yield point
-    subprocess.run(["umount", point], check=True, timeout=20)
 
 
 class StartPersistent(Protocol):

@@ -181,12 +181,14 @@ def test_1000_clients_that_vanish(
     seed = random.SystemRandom().getrandbits(32)
     print(f"seed {seed}")  # noqa: T201 - shown when the test fails
     running = gateway(echo.address, idle_timeout=LOST_RESET_S)
+    dropped = kernel.backlog_drops()
     with ThreadPoolExecutor(50) as pool:
         list(pool.map(lambda n: _vanish(running.address, seed + n), range(VANISHERS)))
     running.await_idle()
     eventually("no backend connection", lambda: echo.open == 0)
     # Those that were reset before the accept were never sessions.
     lines = settled("access log", lambda: len(running.access_lines()), for_s=0.3)
+    _assert_ended_by_their_clients(running, kernel.backlog_drops() - dropped)
     assert VANISHERS * 0.7 < lines <= VANISHERS
     metrics = running.metrics()
     assert metrics.value("gateway_sessions_ended_total") == lines
@@ -198,6 +200,12 @@ def test_1000_clients_that_vanish(
     client = connect(running.address)
     _one_exchange(client)
     client.close()
+
+
+def _assert_ended_by_their_clients(running: Gateway, dropped: int) -> None:
+    """Fail if more sessions were ended by silence than packets, resets perhaps, were dropped."""
+    ends = [line["end"] for line in running.access_lines()]
+    assert ends.count("idle_timeout") <= dropped
 
 
 def _assert_maps_are_empty(running: Gateway) -> None:
@@ -214,6 +222,7 @@ def test_connection_rate(gateway: StartGateway, path: PathUnderTest, echo: EchoS
     """Thousands of short sessions one after the other leave nothing behind either."""
     running = gateway(echo.address, idle_timeout=LOST_RESET_S)
     rss_before = running.process.rss_bytes()
+    dropped = kernel.backlog_drops()
     end = time.monotonic() + 30
 
     def visits(count: int) -> None:
@@ -227,6 +236,7 @@ def test_connection_rate(gateway: StartGateway, path: PathUnderTest, echo: EchoS
     assert time.monotonic() < end
     running.await_idle()
     assert len(running.access_lines(2000)) == 2000
+    _assert_ended_by_their_clients(running, kernel.backlog_drops() - dropped)
     assert running.process.rss_bytes() - rss_before < RSS_LEFT_BYTES * path.processes
     if path.in_kernel:
         _assert_maps_are_empty(running)

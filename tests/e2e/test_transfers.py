@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING
 import pytest
 
 from .plans import Run, serve
-from .traffic import GIB, MIB, Stream, Task, expect, receive, send_and_finish
+from .traffic import GIB, MIB, Stream, Task, expect, random_seed, receive, send_and_finish
 from .waits import DEADLINE_S
 
 if TYPE_CHECKING:
@@ -33,8 +33,7 @@ SECONDS = float(os.environ.get("SOCKGW_TEST_SECONDS") or 0)
 @pytest.mark.timeout(240 + SECONDS)
 def test_random_transfers(gateway: StartGateway, path: PathUnderTest, backend: Backend) -> None:
     """What either side sends arrives whole and in order, then its end does, whatever the pace."""
-    seed = int(os.environ.get("SOCKGW_TEST_SEED") or random.SystemRandom().getrandbits(32))
-    print(f"SOCKGW_TEST_SEED={seed}")  # noqa: T201 - shown when the test fails
+    seed = random_seed()
     end = time.monotonic() + SECONDS
     running = gateway(backend.address)
     run = Run(seed)

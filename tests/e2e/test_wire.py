@@ -58,6 +58,7 @@ from .traffic import (
     Task,
     exchange,
     expect,
+    finish,
     pause,
     receive,
     receive_exactly,
@@ -368,18 +369,6 @@ def swap(client: socket.socket, server: socket.socket, up: Stream, down: Stream)
     assert at_server.result() == up.receipt_of(up.length, "open")
     for task in sending:
         task.result()
-
-
-def finish(client: socket.socket, server: socket.socket, up: Stream, down: Stream) -> None:
-    """Send both ways at once to the end, compare, and close."""
-    sending = [Task(send_and_finish, client, up), Task(send_and_finish, server, down)]
-    at_server = Task(receive, server)
-    assert receive(client) == down.receipt()
-    assert at_server.result() == up.receipt()
-    for task in sending:
-        task.result()
-    client.close()
-    server.close()
 
 
 def is_reset_when_it_speaks(sock: socket.socket, *, within_s: float) -> bool:

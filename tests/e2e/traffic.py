@@ -10,6 +10,7 @@ change the SHA-256; making a page costs one memcpy.
 from __future__ import annotations
 
 import hashlib
+import os
 import random
 import socket
 import struct
@@ -18,10 +19,12 @@ import time
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
-from .waits import DEADLINE_S
+from .waits import DEADLINE_S, eventually
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable
+
+    from .gateways import Gateway
 
 T = TypeVar("T")
 
@@ -287,3 +290,39 @@ class Task(Generic[T]):
         if self._error is not None:
             raise self._error
         return self._outcome[0]
+
+
+def random_seed() -> int:
+    """Return SOCKGW_TEST_SEED, or else a seed of the moment, which a test that fails shows."""
+    seed = int(os.environ.get("SOCKGW_TEST_SEED") or random.SystemRandom().getrandbits(32))
+    print(f"SOCKGW_TEST_SEED={seed}")  # noqa: T201 - shown when the test fails
+    return seed
+
+
+def go_direct(running: Gateway, client: socket.socket, server: socket.socket) -> None:
+    """Exchange messages until one goes direct both ways."""
+
+    def is_direct() -> bool:
+        before = running.metrics()
+        exchange(client, server)
+        after = running.metrics()
+        return all(
+            after.bytes_by(direction=direction, path="direct")
+            > before.bytes_by(direction=direction, path="direct")
+            for direction in ("to_backend", "to_client")
+        )
+
+    exchange(client, server)
+    eventually("a message that goes direct both ways", is_direct)
+
+
+def finish(client: socket.socket, server: socket.socket, up: Stream, down: Stream) -> None:
+    """Send both ways at once to the end, compare, and close."""
+    sending = [Task(send_and_finish, client, up), Task(send_and_finish, server, down)]
+    at_server = Task(receive, server)
+    assert receive(client) == down.receipt()
+    assert at_server.result() == up.receipt()
+    for task in sending:
+        task.result()
+    client.close()
+    server.close()
