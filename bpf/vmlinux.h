@@ -270,6 +270,8 @@ struct tcp_sock {
 	__u32 rcv_nxt;
 	__u32 rcv_wup;
 	__u32 rcv_wnd;
+	__u32 rcv_ssthresh;
+	__u32 mss_cache;
 	__u32 snd_wnd;
 	__u32 snd_una;
 	__u32 tsoffset;

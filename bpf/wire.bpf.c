@@ -440,22 +440,29 @@ static __always_inline bool is_empty(struct tcp_sock *socket)
 }
 
 /* What a socket's peer may still send by what we told it, against what it is to be
- * sent to takes. A chatty session does not use its windows; but a window must hold a
- * segment, or its sender waits for a timer before it sends a part of one.
+ * sent to takes. A chatty session does not use its windows; but they must hold its peer's
+ * segments, which are no more than half of the largest window that we have told.
  */
 static __always_inline bool fits_window(struct tcp_sock *from, struct tcp_sock *to, __u8 scale,
-					__u32 is_chatty)
+					__u32 is_chatty, __u32 most_told)
 {
 	__u32 most = (__u32)TCP_WINDOW_MAX << (scale & 15), told = from->rcv_wnd;
-	__u32 may_send;
+	__u32 may_send, segment;
 
 	/* The kernel notes it before it cuts it to what the header holds. */
 	if (told > most)
 		told = most;
 	may_send = from->rcv_wup + told - from->rcv_nxt;
+	/* No window that is told is larger; a clamp makes it smaller, and userspace keeps it. */
+	if (most_told < from->rcv_ssthresh)
+		most_told = from->rcv_ssthresh;
+	segment = (most_told < most ? most_told : most) / 2;
+	if (segment > from->advmss)
+		segment = from->advmss;
 
 	/* A window is told in units, rounded down: a small one might come to nothing. */
-	return (may_send <= to->snd_wnd || (is_chatty && from->advmss <= to->snd_wnd)) &&
+	return (may_send <= to->snd_wnd || is_chatty) &&
+	       segment <= WIRE_SEGMENT_MOST(to->mss_cache) &&
 	       to->snd_wnd >> (scale & 15) >= LEAST_UNITS;
 }
 
@@ -597,6 +604,7 @@ __own_stack bool try_switch(struct __sk_buff *skb, struct packet *packet, __u32 
 	struct wire_session *session = packet->session;
 	struct wire_slot *slot = packet->slot, *reverse = packet->reverse;
 	const struct wire_slot *first = packet->way ? reverse : slot;
+	const struct wire_slot *second = packet->way ? slot : reverse;
 	struct bpf_sock *client_sk = NULL, *backend_sk = NULL;
 	struct tcp_sock *client, *backend;
 	__u32 ifindex[WIRE_WAYS], seq_offset[WIRE_WAYS], now_ms, way = packet->way & 1;
@@ -632,8 +640,10 @@ __own_stack bool try_switch(struct __sk_buff *skb, struct packet *packet, __u32 
 	is_still = is_as_seen(client, &at[SOCK_SLOT_TO_BACKEND]) &&
 		   is_as_seen(backend, &at[SOCK_SLOT_TO_CLIENT]) && is_empty(client) &&
 		   is_empty(backend) &&
-		   fits_window(client, backend, session->own_scale[0], first->is_chatty) &&
-		   fits_window(backend, client, session->own_scale[1], first->is_chatty);
+		   fits_window(client, backend, session->own_scale[0], first->is_chatty,
+			       first->most_told) &&
+		   fits_window(backend, client, session->own_scale[1], first->is_chatty,
+			       second->most_told);
 	/* The connecting side counts its SYN as acknowledged, hence the 1. */
 	seq_offset[SOCK_SLOT_TO_BACKEND] =
 		at[SOCK_SLOT_TO_CLIENT].snd_una - (__u32)at[SOCK_SLOT_TO_CLIENT].bytes_acked + 1 -

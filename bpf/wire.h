@@ -60,6 +60,13 @@ struct wire_session {
 	__u32 ifindex[WIRE_WAYS]; /* where this way's packets leave; 0: up the stack */
 };
 
+/* How large segments to a receiver may be, if ours are of `mss` bytes: as large, by and
+ * large. Ours are no more than half of the largest window that it has ever told
+ * (tcp_bound_to_half_wnd()). Into a window that is smaller than a segment its sender would
+ * send nothing before a timer says so, 200 ms later, again and again.
+ */
+#define WIRE_SEGMENT_MOST(mss) ((mss) + (mss) / 8)
+
 /* What is counted and kept of one way; userspace reads it by mmap. The counters
  * are never reset: a sum over all slots only ever grows.
  */
@@ -86,7 +93,7 @@ struct wire_slot {
 	__u32 hold; /* of a session's first slot: do not switch */
 	__u32 generation; /* of a session's first slot: how often it was armed */
 	__u32 is_chatty; /* of a session's first slot: it never sends much at once */
-	__u32 userspace_pad;
+	__u32 most_told; /* the largest window that our socket has told this way's sender */
 	/* Where this way's packets leave, if the route has changed since the switch: an
 	 * interface, and above it the generation that it is meant for; one word, so
 	 * that nobody reads half of it.

@@ -101,6 +101,7 @@ class Session:
         "_late_moved",
         "_moved",
         "_started_s",
+        "_told",
         "_worker",
         "client",
         "client_name",
@@ -127,6 +128,7 @@ class Session:
         self._moved = self._late_moved = -1
         self._client_has_fin = False
         self._is_unfit = released.is_unfit
+        self._told = released.told
         self._is_captured = released.is_captured
         self._direct_bytes = released.direct_bytes
         self._is_counted = released.is_counted
@@ -552,6 +554,7 @@ class Session:
                 age_s=self.age_s,
                 sent=(sent[0], sent[1]) if sent else (0, 0),
                 direct_bytes=self._bytes_direct(),
+                told=self._told,
             ),
         )
         if self.is_closed:

@@ -109,6 +109,8 @@ class Released(NamedTuple):
     """What a target had no room for ..."""
     held_way: Way = Way.TO_BACKEND
     """... and which."""
+    told: tuple[int, int] = _NOTHING
+    """The largest window that either side was told while it was on its way to the wire."""
 
 
 class Ended(NamedTuple):

@@ -258,6 +258,7 @@ struct sgw_released {
 	bool is_counted; /* in sgw_loop.relayed */
 	bool is_unfit; /* it cannot go by wire */
 	enum direct_answer captured; /* are both applications? */
+	uint32_t told[2]; /* the largest window that each side was told, of one that was armed */
 	uint32_t turn;
 	uint64_t age_ns;
 	uint64_t bytes[2]; /* sent on, by way */

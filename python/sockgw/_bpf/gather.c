@@ -222,7 +222,7 @@ void gather(struct loop *loop, uint32_t index)
 		gathering->acked_ns = loop->now_ns;
 	gathering->unacknowledged = left;
 	if (!left) {
-		wire_fit_windows(session->fds);
+		wire_fit_windows(loop->settings.wire, session->wire, session->fds);
 		take_peeked(session);
 		if (is_moving && ++gathering->made > GATHERS_MOST)
 			give_up_wire(loop, index, true);

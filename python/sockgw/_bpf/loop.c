@@ -83,6 +83,7 @@ int sgw_loop_return(struct sgw_loop *public, const struct sgw_released *returned
 	session->is_answered = returned->bytes[SOCK_SLOT_TO_CLIENT] > 0;
 	session->is_counted = returned->is_counted;
 	session->captured = returned->captured;
+	memcpy(session->told, returned->told, sizeof(session->told));
 	session->address = address;
 	session->state = CONNECTED;
 	append(loop, &loop->connected, index);

@@ -195,6 +195,7 @@ class CompiledLoop:
             "direct_bytes": released.direct_bytes,
             "is_counted": released.is_counted,
             "captured": _ANSWERS[released.is_captured],
+            "told": released.told,
         }
         if lib.sgw_loop_return(self._loop, ffi.new("struct sgw_released *", session)):
             return False
@@ -297,6 +298,7 @@ def _released(record: Any) -> Released:  # noqa: ANN401 - struct sgw_released
         (record.is_ended[0], record.is_ended[1]),
         held,
         WAYS[record.held_way],
+        (record.told[0], record.told[1]),
     )
 
 

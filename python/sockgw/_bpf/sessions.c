@@ -153,8 +153,12 @@ bool keeps_sockets(struct loop *loop, struct session *session, bool is_ending)
 	if (session->state == ON_WIRE)
 		return false;
 	if (session->wire != NONE) {
-		if (!wire_disarm(loop->settings.wire, session->wire,
-				 is_ending ? NULL : session->fds))
+		struct sgw_wire *wire = loop->settings.wire;
+		uint32_t side;
+
+		for (side = 0; side < 2; side++)
+			session->told[side] = wire_slot(wire, session->wire, side)->most_told;
+		if (!wire_disarm(wire, session->wire, is_ending ? NULL : session->fds))
 			return false;
 		session->wire = NONE;
 		loop->public.armed--;
@@ -205,6 +209,7 @@ struct sgw_released *release(struct loop *loop, uint32_t index, enum sgw_reason 
 	record->is_counted = session->is_counted;
 	record->is_unfit = session->is_unfit;
 	record->captured = session->captured;
+	memcpy(record->told, session->told, sizeof(record->told));
 	record->turn = session->turn;
 	record->age_ns = loop->now_ns - session->started_ns;
 	memcpy(record->bytes, session->bytes, sizeof(record->bytes));

@@ -67,6 +67,7 @@ struct session {
 	uint8_t is_unfit; /* and it cannot, or never has the moment */
 	uint16_t armed_events;
 	uint64_t armed_bytes[2]; /* sent since, by way */
+	uint32_t told[2]; /* the largest window that each side was told before */
 	uint8_t is_adopted; /* from a gateway that has died */
 	struct gathering *gathering; /* NULL: it copies as all do */
 	struct sock_stats stats[2]; /* of its connections, once they are closed */

@@ -32,6 +32,7 @@
 #define FRESH_TTL 64
 
 #define LEAST_WINDOW 32768
+#define TCP_WINDOW_MAX 65535
 #define LOOPBACK_IFINDEX 1 /* in every network namespace */
 
 /* Of newer kernels than Debian 12's headers: linux/tcp.h (6.7), linux/in.h (6.3). */
@@ -244,12 +245,19 @@ void wire_bound(const int *fds)
 			setsockopt(fds[leg], SOL_SOCKET, SO_RCVBUFFORCE, &bytes, sizeof(bytes));
 }
 
+/* To be called before a clamp makes the rcv_ssthresh smaller. */
+static void note_told(struct wire_slot *slot, uint32_t bytes)
+{
+	if (bytes > slot->most_told)
+		slot->most_told = bytes;
+}
+
 static void clamp_window(int fd, int bytes)
 {
 	setsockopt(fd, IPPROTO_TCP, TCP_WINDOW_CLAMP, &bytes, sizeof(bytes));
 }
 
-void wire_fit_windows(const int *fds)
+void wire_fit_windows(const struct sgw_wire *wire, uint32_t id, const int *fds)
 {
 	struct tcp_info info[WIRE_WAYS] = { 0 };
 	uint32_t leg;
@@ -259,15 +267,24 @@ void wire_fit_windows(const int *fds)
 
 		if (getsockopt(fds[leg], IPPROTO_TCP, TCP_INFO, &info[leg], &length))
 			return;
+		note_told(wire_slot(wire, id, leg), info[leg].tcpi_rcv_ssthresh);
 	}
 	/* What is announced is rounded up to the scale. A receiver with less than
-	 * LEAST_WINDOW is not for the wire, and need not slow the relay down, too.
+	 * LEAST_WINDOW, or than a segment, is not for the wire, and need not slow the relay
+	 * down, too.
 	 */
-	for (leg = 0; leg < WIRE_WAYS; leg++)
-		if (info[!leg].tcpi_snd_wnd >= LEAST_WINDOW)
-			clamp_window(fds[leg],
-				     (int)(info[!leg].tcpi_snd_wnd >>
-					   info[leg].tcpi_rcv_wscale << info[leg].tcpi_rcv_wscale));
+	for (leg = 0; leg < WIRE_WAYS; leg++) {
+		uint32_t window = info[!leg].tcpi_snd_wnd >> info[leg].tcpi_rcv_wscale
+								     << info[leg].tcpi_rcv_wscale;
+		uint32_t most = (uint32_t)TCP_WINDOW_MAX << info[leg].tcpi_rcv_wscale;
+		uint32_t told = wire_slot(wire, id, leg)->most_told;
+		uint32_t segment = (told < most ? told : most) / 2;
+
+		if (segment > info[leg].tcpi_advmss)
+			segment = info[leg].tcpi_advmss;
+		if (window >= LEAST_WINDOW && segment <= WIRE_SEGMENT_MOST(info[!leg].tcpi_snd_mss))
+			clamp_window(fds[leg], (int)window);
+	}
 }
 
 /* Let them be what such a buffer has by itself, and say so at once: a peer that has
@@ -291,7 +308,8 @@ static void free_windows(const int *fds)
 	setsockopt(fds[SOCK_SLOT_TO_BACKEND], SOL_SOCKET, SO_REUSEADDR, &on, sizeof(on));
 }
 
-enum wire_unfit wire_arm(struct sgw_wire *wire, const int *fds, uint32_t worker, uint32_t *id)
+enum wire_unfit wire_arm(struct sgw_wire *wire, const int *fds, uint32_t worker,
+			 const uint32_t *told, uint32_t *id)
 {
 	struct wire_session session = { .state = WIRE_ARMED, .worker = worker };
 	enum wire_unfit unfit = read_session(fds, &session);
@@ -308,6 +326,7 @@ enum wire_unfit wire_arm(struct sgw_wire *wire, const int *fds, uint32_t worker,
 		slot->has_fin = slot->has_reset = slot->is_reused = 0;
 		slot->route = 0;
 		slot->is_too_long = 0;
+		slot->most_told = told[way];
 		slot->counted_before = slot->bytes;
 	}
 	session.generation = ++wire_slot(wire, *id, 0)->generation;
@@ -334,7 +353,7 @@ enum wire_unfit wire_arm(struct sgw_wire *wire, const int *fds, uint32_t worker,
 			goto failed;
 		}
 	}
-	wire_fit_windows(fds);
+	wire_fit_windows(wire, *id, fds);
 	return WIRE_FITS;
 failed:
 	give_back(wire, *id);

@@ -20,9 +20,11 @@ struct wire_slot *wire_slot(const struct sgw_wire *wire, uint32_t id, uint32_t w
 socklen_t wire_write_side(struct sockaddr_in6 *address, const uint32_t *host, uint16_t port,
 			  uint32_t family);
 /* Watch for the moment at which the session can go by wire: WIRE_FITS and its id,
- * or why it stays where it is.
+ * or why it stays where it is. `told` is the largest window that each peer was told when it
+ * was armed before; the slots' most_told has it then.
  */
-enum wire_unfit wire_arm(struct sgw_wire *wire, const int *fds, uint32_t worker, uint32_t *id);
+enum wire_unfit wire_arm(struct sgw_wire *wire, const int *fds, uint32_t worker,
+			 const uint32_t *told, uint32_t *id);
 /* Bound what the sockets may receive while their targets are stalled. Not before this: a window
  * that was announced in the handshake counts on.
  */
@@ -30,7 +32,7 @@ void wire_bound(const int *fds);
 /* Tell neither peer a window that the other does not have: once the session has switched that
  * would count. Their windows grow; so to be called again.
  */
-void wire_fit_windows(const int *fds);
+void wire_fit_windows(const struct sgw_wire *wire, uint32_t id, const int *fds);
 /* Take that back, and the id; false if the moment has come. Without fds the windows are left as
  * they are: the session is at its end. To be called before
  * anything is done to the sockets that their peers would see.

@@ -19,7 +19,8 @@ void arm(struct loop *loop, uint32_t index)
 {
 	struct sgw_wire *wire = loop->settings.wire;
 	struct session *session = &loop->sessions[index];
-	enum wire_unfit unfit = wire_arm(wire, session->fds, loop->settings.worker, &session->wire);
+	enum wire_unfit unfit =
+		wire_arm(wire, session->fds, loop->settings.worker, session->told, &session->wire);
 
 	session->is_tried = 1;
 	wire_bound(session->fds);
