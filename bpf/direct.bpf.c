@@ -57,6 +57,7 @@ struct birth {
 /* Who has connected it. */
 struct dialler {
 	__u64 cookie;
+	__u64 address; /* of its struct sock */
 	__u32 is_ours;
 	__u32 pad;
 };
@@ -115,14 +116,14 @@ struct {
 	__type(value, struct dialler);
 } direct_births SEC(".maps");
 
-/* Cookie of a socket of ours -> of the application's at its other end. Who was
- * never asked for makes room.
+/* Cookie of a socket of ours -> who is at its other end. Who was never asked for makes
+ * room.
  */
 struct {
 	__uint(type, BPF_MAP_TYPE_LRU_HASH);
 	__uint(max_entries, DIRECT_BIRTHS);
 	__type(key, __u64);
-	__type(value, __u64);
+	__type(value, struct direct_found);
 } direct_found SEC(".maps");
 
 struct {
@@ -311,6 +312,7 @@ static __always_inline void note_active(struct bpf_sock_ops *ops, struct bpf_soc
 	if (bpf_sk_storage_get(&direct_own, sk, NULL, 0)) {
 		dialler.is_ours = 1;
 		dialler.cookie = bpf_get_socket_cookie(ops);
+		dialler.address = (__u64)tcp;
 	} else {
 		/* It connects to somebody else: it is left alone. */
 		if (!is_capturing || !bpf_map_lookup_elem(&direct_syns, &birth.flow))
@@ -334,9 +336,10 @@ static __always_inline void note_passive(struct bpf_sock_ops *ops, struct bpf_so
 					 struct tcp_sock *tcp, bool is_capturing)
 {
 	bool is_ours = bpf_sk_storage_get(&direct_own, sk, NULL, 0) != NULL;
+	struct direct_found end = {};
 	struct birth birth = {};
 	struct dialler *found;
-	__u64 own, other;
+	__u64 ours;
 
 	if (!is_ours && !is_capturing)
 		return;
@@ -349,19 +352,23 @@ static __always_inline void note_passive(struct bpf_sock_ops *ops, struct bpf_so
 	/* Neither end is ours, or both are, or its other end is on another host. */
 	if (!found || !found->is_ours == !is_ours)
 		return;
-	other = found->cookie;
+	if (is_ours) {
+		ours = bpf_get_socket_cookie(ops);
+		end.address = (__u64)tcp;
+		end.application = found->cookie;
+	} else {
+		ours = found->cookie;
+		end.address = found->address;
+	}
 	bpf_map_delete_elem(&direct_births, &birth);
-	own = is_ours ? bpf_get_socket_cookie(ops) : 0;
 	if (!is_ours) {
 		if (tcp->fastopen_rsk)
 			return;
-		own = capture(ops, sk, tcp);
-		if (!own)
+		end.application = capture(ops, sk, tcp);
+		if (!end.application)
 			return;
-		bpf_map_update_elem(&direct_found, &other, &own, 0);
-	} else {
-		bpf_map_update_elem(&direct_found, &own, &other, 0);
 	}
+	bpf_map_update_elem(&direct_found, &ours, &end, 0);
 }
 
 /* close() by an application. With bytes unread TCP answers with a reset; of what was
@@ -507,8 +514,12 @@ int BPF_PROG(sock_direct_read, struct sock *sk, int bytes, int flags)
 	/* Bytes of the other application have been read: it is done with setting its
 	 * socket up.
 	 */
-	if (!slot->is_told && read != app->base_read)
-		slot->is_told = tell(app->worker, app->slot_in);
+	if (!slot->is_told && read != app->base_read) {
+		/* Before it is told: who hears it, on another CPU, looks at once. */
+		slot->is_told = 1;
+		if (!tell(app->worker, app->slot_in))
+			slot->is_told = 0;
+	}
 	/* Unheard it is found by the next look. */
 	if (READ_ONCE(slot->is_awaited) && !has_unread(sk))
 		tell(app->worker, app->slot_in);
@@ -611,7 +622,7 @@ static __always_inline bool may_go_direct(struct app *app, struct direct_slot *s
  * ever; what one sends after another's send() has returned is behind it.)
  *
  * direct -> TCP: what goes into TCP now comes to our socket, and userspace sends it on
- * only after the receiver has read all that was handed over before (sockgw.direct).
+ * only after the receiver has read all that was handed over before (directed.c, direction.py).
  * recv() would do with less, but an application that is told of bytes once (EPOLLET)
  * and takes a short recv() for the end of them would leave what lies behind in TCP.
  *
@@ -692,10 +703,20 @@ static __always_inline void copy_marks(struct app *app, struct direct_slot *slot
 	slot->has_read = app->has_read;
 }
 
+/* Is one of our sockets an application's to somebody else? A gateway behind us, or before
+ * us, that hands bytes to it puts them into a stream whose sender's TCP knows nothing of
+ * them, and by that all is counted here.
+ */
+static __always_inline bool is_taken(const struct direct_found *end)
+{
+	return psock_of((struct sock *)end->address) != NULL;
+}
+
 static __always_inline int watch(const struct direct_ask *ask)
 {
 	__u32 up = ask->slot | SOCK_SLOT_TO_BACKEND, down = ask->slot | SOCK_SLOT_TO_CLIENT;
-	__u64 *found, client_cookie, backend_cookie;
+	__u64 client_cookie, backend_cookie;
+	struct direct_found *found;
 	struct direct_slot *to_backend, *to_client;
 	struct bpf_sock *client, *backend;
 	struct app *near, *far;
@@ -704,12 +725,16 @@ static __always_inline int watch(const struct direct_ask *ask)
 	found = bpf_map_lookup_elem(&direct_found, &ask->client);
 	if (!found)
 		return DIRECT_NO;
-	client_cookie = *found;
+	client_cookie = found->application;
+	if (is_taken(found))
+		return DIRECT_NO;
 	/* The backend may not have taken our last packet of the handshake yet. */
 	found = bpf_map_lookup_elem(&direct_found, &ask->backend);
 	if (!found)
 		return DIRECT_NOT_YET;
-	backend_cookie = *found;
+	backend_cookie = found->application;
+	if (is_taken(found))
+		return DIRECT_NO;
 	to_backend = slot_at(up);
 	to_client = slot_at(down);
 	if (!to_backend || !to_client)

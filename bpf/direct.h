@@ -77,6 +77,12 @@ struct direct_ask {
 	__u32 pad;
 };
 
+/* Value of direct_found, by the cookie of a socket of ours. */
+struct direct_found {
+	__u64 application; /* cookie of the socket at its other end */
+	__u64 address; /* of its own struct sock */
+};
+
 /* Key of direct_listeners: where we listen. */
 struct direct_listener {
 	__u64 netns; /* cookie */

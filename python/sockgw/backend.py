@@ -51,29 +51,17 @@ class Backends:
 
     def __init__(self, addresses: tuple[Address, ...]) -> None:
         """Resolve `addresses`; ConfigError when one has no such host."""
-        self._targets = [list(address.resolve(option="--backend")) for address in addresses]
-        self._names = [format_sockaddr(sockaddr) for _, sockaddr in self.firsts]
+        self._backends = [list(address.resolve(option="--backend")) for address in addresses]
+        self.firsts = [targets[0] for targets in self._backends]
+        """The target that each backend is tried at first, in the order of the turns."""
+        self.targets = self.firsts + [one for targets in self._backends for one in targets[1:]]
+        """All of them, those first."""
+        self.names = [format_sockaddr(sockaddr) for _, sockaddr in self.targets]
+        """Their addresses, as text."""
         self.turns = mmap.mmap(-1, _TURNS.size)
         """How many sessions have had their turn: a uint64_t, shared by all processes."""
         self._lock = threading.Lock()
         self._warned_at_s: dict[str, float] = {}
-
-    @property
-    def firsts(self) -> list[Target]:
-        """The target that each backend is tried at first, in the order of the turns."""
-        return [targets[0] for targets in self._targets]
-
-    def first(self, turn: int) -> Target:
-        """Return the target that the session of `turn` tries first."""
-        return self._targets[turn % len(self._targets)][0]
-
-    def name(self, turn: int) -> str:
-        """Return the address that `first` returns, as text."""
-        return self._names[turn % len(self._names)]
-
-    def turn_at(self, target: str) -> int | None:
-        """Return a turn that tries the address `target` first; None if there is none."""
-        return self._names.index(target) if target in self._names else None
 
     def next_turn(self) -> int:
         """Take a turn."""
@@ -88,8 +76,8 @@ class Backends:
         Each session begins with the next backend in turn and goes on to the
         others; a name with several addresses is all of them, one by one.
         """
-        first = turn % len(self._targets)
-        rotation = self._targets[first:] + self._targets[:first]
+        first = turn % len(self._backends)
+        rotation = self._backends[first:] + self._backends[:first]
         return itertools.chain.from_iterable(rotation)
 
     def warn(self, error: DialError) -> None:
@@ -116,9 +104,10 @@ class Dial:
         """The address that is being dialled, or was reached."""
         return format_sockaddr(self._sockaddr)
 
-    def resume(self, sock: socket.socket | None) -> None:
-        """Take over the dial of the first target, by `sock`; None: there is no socket."""
-        self._sockaddr = next(self._targets)[1]
+    def resume(self, sock: socket.socket | None, target: Target) -> None:
+        """Take over the dial of `target`, the first one, by `sock`; None: there is no socket."""
+        next(self._targets)
+        self._sockaddr = target[1]
         self.socket = sock
 
     def settle(self) -> None:

@@ -28,7 +28,6 @@ import socket
 import struct
 import sys
 import termios
-from collections import deque
 from contextlib import ExitStack, contextmanager, suppress
 from functools import partial
 from importlib.resources import as_file, files
@@ -75,32 +74,23 @@ _HOST: Final = "127.0.0.1"
 class DirectSlot:
     """One direction of a session that is watched. All counts are since then."""
 
-    __slots__ = ("_all", "_ask", "_before", "_flushed_at", "_index", "_is_counted")
+    __slots__ = ("_direct", "_index", "_way")
 
-    def __init__(self, ask: int, all_words: Any, index: int) -> None:  # noqa: ANN401 - struct direct_slot[]
-        """Made by `Direct.watch` only: start at the words' present values."""
-        words = all_words + index
-        words.older_end = words.bytes
-        words.older_messages = words.newer_messages = 0
-        words.sender = words.receiver = 0
-        words.refusal = words.was_cut = words.is_told = words.has_read = words.read_to = 0
-        words.is_awaited = 0
-        self._all = all_words
-        self._ask = ask
+    def __init__(self, direct: Any, index: int) -> None:  # noqa: ANN401 - struct sgw_direct *
+        """Made by `DirectPair` only."""
+        self._direct = direct
         self._index = index
-        self._before: int = words.bytes
-        self._flushed_at = self._before
-        self._is_counted = False
+        self._way = lib.sgw_direct_way(direct, index)
 
     @property
     def words(self) -> Any:  # noqa: ANN401 - struct direct_slot *
         """What the programs and userspace write; not kept, for the memory of a crowd."""
-        return self._all + self._index
+        return lib.sgw_direct_words(self._direct, self._index)
 
     @property
     def bytes(self) -> int:
         """Bytes that were handed over."""
-        return self.words.bytes - self._before  # type: ignore[no-any-return]
+        return self.words.bytes - self._way.before  # type: ignore[no-any-return]
 
     @property
     def was_cut(self) -> bool:
@@ -119,34 +109,34 @@ class DirectSlot:
 
     def refusal(self) -> str | None:
         """Return why nothing is handed over (any more), once; a word fit for a label."""
-        if not self.words.refusal or self._is_counted:
+        if not self.words.refusal or self._way.is_counted:
             return None
-        self._is_counted = True
+        self._way.is_counted = True
         return _REFUSALS.get(self.words.refusal, "other")
 
     def refuse(self) -> None:
         """Have nothing handed over any more, because the other way is refused, which counts."""
         if not self.words.refusal:
-            self._is_counted = True
+            self._way.is_counted = True
             self.words.refusal = lib.DIRECT_BLOCKS
 
     @property
     def is_overtaken(self) -> bool:
         """Whether bytes were handed over since the last flush."""
-        return bool(self.words.bytes != self._flushed_at)
+        return lib.sgw_direct_is_overtaken(self._direct, self._index)  # type: ignore[no-any-return]
 
     @property
     def guard(self) -> tuple[Any, int]:
         """The words by which `Relay.run` sees that it still copies in order."""
-        return self.words, self._flushed_at
+        return self.words, self._way.flushed_at
 
     def open(self) -> bool:
         """Have what the sender sends pass the program; False when that is refused."""
-        return bool(_answer(self._ask, lib.DIRECT_OPEN, self._index) == lib.DIRECT_YES)
+        return self._ask(lib.DIRECT_OPEN) == lib.DIRECT_YES  # type: ignore[no-any-return]
 
     def forget(self) -> None:
         """Leave the sender to itself: it is on TCP, whatever it does."""
-        _answer(self._ask, lib.DIRECT_FORGET, self._index)
+        self._ask(lib.DIRECT_FORGET)
 
     def is_flushed(self) -> bool:
         """Look whether the receiver has read all that was handed over.
@@ -154,14 +144,10 @@ class DirectSlot:
         To be asked only while bytes or a FIN have come by TCP: nothing more is
         handed over then. If not, the ring tells when it has.
         """
-        # Set before the look: a recv() that is not seen by it sees this.
-        self.words.is_awaited = 1
-        handed_over = self.words.bytes
-        if _answer(self._ask, lib.DIRECT_LOOK, self._index) == lib.DIRECT_YES:
-            return False
-        self.words.is_awaited = 0
-        self._flushed_at = handed_over
-        return True
+        return bool(_check(lib.sgw_direct_is_flushed(self._direct, self._index)))
+
+    def _ask(self, question: int) -> int:
+        return _check(lib.sgw_direct_ask(self._direct, question, self._index))
 
 
 class DirectPair:
@@ -169,11 +155,12 @@ class DirectPair:
 
     __slots__ = ("index", "to_backend", "to_client")
 
-    def __init__(self, index: int, to_backend: DirectSlot, to_client: DirectSlot) -> None:
-        """Made by `Direct.watch` only; `index` is what `Direct.events` names it by."""
+    def __init__(self, direct: Any, index: int) -> None:  # noqa: ANN401 - struct sgw_direct *
+        """Made by `Direct` only; `index` is what `Loop.told` names it by."""
+        first = index * lib.SOCK_SLOTS_PER_SESSION
         self.index = index
-        self.to_backend = to_backend
-        self.to_client = to_client
+        self.to_backend = DirectSlot(direct, first + lib.SOCK_SLOT_TO_BACKEND)
+        self.to_client = DirectSlot(direct, first + lib.SOCK_SLOT_TO_CLIENT)
 
     @property
     def bytes(self) -> tuple[int, int]:
@@ -189,8 +176,8 @@ class DirectPair:
 class Direct:
     """The loaded programs and maps; one for a gateway.
 
-    `watch` and `forget` may be called from any thread, a worker's ring only
-    from that worker.
+    Who it watches, and what it is told of them, is for the workers' loops
+    (`handle`). May be used from any thread.
     """
 
     def __init__(
@@ -209,14 +196,21 @@ class Direct:
         self._found = bpf_object.map("direct_found")
         self._sockets = bpf_object.map("direct_sockets")
         self._senders = bpf_object.map("direct_senders")
-        self._ask = bpf_object.program_fd("sock_direct_ask")
         self._slots = sessions * lib.SOCK_SLOTS_PER_SESSION
         shared = mmap.mmap(bpf_object.map("direct_slots").fd, self._slots * _SLOT_BYTES)
         resources.callback(shared.close)
         self._words = ffi.from_buffer("struct direct_slot[]", shared, require_writable=True)
         resources.callback(ffi.release, self._words)
-        self._free = deque(range(sessions))
-        self._sessions = sessions
+        settings = ffi.new(
+            "struct sgw_direct_settings *",
+            (bpf_object.program_fd("sock_direct_ask"), self._words, 0, sessions),
+        )
+        handle = lib.sgw_direct_open(settings)
+        if handle == ffi.NULL:
+            raise DatapathError(errno.ENOMEM, "watch sessions in", "direct_slots")
+        # Freed with this, not when it is closed: `active` may be asked later.
+        self.handle = ffi.gc(handle, lib.sgw_direct_close)
+        """What the workers' loops go by."""
         slots_of_one = -(-sessions // processes) * lib.SOCK_SLOTS_PER_SESSION
         self._rings = libbpf.Rings(
             bpf_object.map("direct_rings"),
@@ -282,8 +276,7 @@ class Direct:
 
     def narrow(self, sessions: range, workers: range) -> None:
         """Make this, a forked process's copy, the one of `workers` and their `sessions`."""
-        self._free = deque(sessions)
-        self._sessions = len(sessions)
+        _check(lib.sgw_direct_narrow(self.handle, sessions.start, len(sessions)))
         self._rings.narrow(workers)
 
     def reclaim(self, sessions: range, workers: range) -> None:
@@ -292,7 +285,7 @@ class Direct:
             sessions.start * lib.SOCK_SLOTS_PER_SESSION, sessions.stop * lib.SOCK_SLOTS_PER_SESSION
         ):
             if self._words[index].sender:
-                _answer(self._ask, lib.DIRECT_FORGET, index)
+                _check(lib.sgw_direct_ask(self.handle, lib.DIRECT_FORGET, index))
         self._rings.empty(workers)
 
     def listen(self, sock: socket.socket) -> None:
@@ -334,27 +327,17 @@ class Direct:
         handshake yet. Raises DatapathError when there is no room, or the kernel
         refuses to be asked.
         """
-        cookies = lib.sgw_cookie(client.fileno()), lib.sgw_cookie(backend.fileno())
-        try:
-            index = self._free.popleft()
-        except IndexError:
-            raise DatapathError(errno.ENOSPC, "watch a session in", "direct_slots") from None
-        first = index * lib.SOCK_SLOTS_PER_SESSION
-        up, down = first + lib.SOCK_SLOT_TO_BACKEND, first + lib.SOCK_SLOT_TO_CLIENT
-        pair = DirectPair(
-            index,
-            DirectSlot(self._ask, self._words, up),
-            DirectSlot(self._ask, self._words, down),
+        index = ffi.new("uint32_t *")
+        answer = _check(
+            lib.sgw_direct_watch(self.handle, client.fileno(), backend.fileno(), worker, index)
         )
-        try:
-            answer = _answer(self._ask, lib.DIRECT_WATCH, first, cookies, worker)
-        except DatapathError:
-            self._free.appendleft(index)
-            raise
         if answer == lib.DIRECT_YES:
-            return pair, True
-        self._free.appendleft(index)
+            return self.pair(index[0]), True
         return None, answer == lib.DIRECT_NOT_YET
+
+    def pair(self, index: int) -> DirectPair:
+        """Return a session that a loop has watched, and lets go of."""
+        return DirectPair(self.handle, index)
 
     def let_go(self, slot: DirectSlot, reverse: DirectSlot) -> None:
         """Give the receiver of `slot` its own functions back, if it was handed nothing.
@@ -374,24 +357,16 @@ class Direct:
 
     def forget(self, pair: DirectPair) -> None:
         """Leave a session's applications to themselves: our sockets are closed, or go on by TCP."""
-        for slot in (pair.to_backend, pair.to_client):
-            slot.forget()
-            slot.words.sender = 0
-        # First in, first out: a slot rests as long as it can before its reuse.
-        self._free.append(pair.index)
+        lib.sgw_direct_forget(self.handle, pair.index)
 
     def ring_fd(self, worker: int) -> int:
-        """Return what `worker` polls for EPOLLIN to hear of its sessions."""
+        """Return the map in which `worker` hears of its sessions."""
         return self._rings[worker].fd
-
-    def events(self, worker: int) -> list[int]:
-        """Take what was told to `worker`: the `DirectPair.index` of sessions to look at."""
-        return [slot // lib.SOCK_SLOTS_PER_SESSION for slot in self._rings[worker].drain()]
 
     @property
     def active(self) -> int:
         """Sessions that are watched now."""
-        return self._sessions - len(self._free)
+        return lib.sgw_direct_active(self.handle)  # type: ignore[no-any-return]
 
     def captured(self) -> set[bytes]:
         """Return the applications' sockets that are known, whatever session they have."""
@@ -501,12 +476,8 @@ def _listener(sock: socket.socket) -> bytes:
     return _LISTENER.pack(int.from_bytes(netns, sys.byteorder), sock.getsockname()[1], 0)
 
 
-def _answer(
-    program: int, question: int, slot: int, cookies: tuple[int, int] = (0, 0), worker: int = 0
-) -> int:
-    """Ask sock_direct_ask; return its enum direct_answer. Raises DatapathError."""
-    ask = ffi.new("struct direct_ask *", (question, slot, *cookies, worker, 0))
-    answer: int = lib.sgw_direct_ask(program, ask)
+def _check(answer: int) -> int:
+    """Return what sock_direct_ask has answered. Raises DatapathError."""
     if answer < 0:
         raise DatapathError(-answer, "run", "sock_direct_ask")
     return answer

@@ -133,12 +133,16 @@ class Direction:
         self.splice = splice
         if self.is_ended:
             return
-        if splice is None or not splice.can_return:
-            self._feed(Event.CONNECTED)
-        else:
+        if splice is not None and splice.can_return:
             self._feed(Event.PAIRED)
             if self.has_seen_fin:
                 self._feed(Event.FIN)
+        elif self.relay.is_holding and self.direct is not None and self.direct.is_overtaken:
+            # The loop has received it, and found that it does not come next.
+            self.state, _ = TABLE[self.state, Event.CONNECTED]
+            self._may_send()
+        else:
+            self._feed(Event.CONNECTED)
 
     def paired(self, splice: Splice | None) -> None:
         """Go over to the kernel, if it has taken the source; `is_copying` was true just now."""

@@ -50,9 +50,6 @@ _SETTLE_S: Final = 0.001
 _FINISH: Final = struct.pack("ii", 0, 0)
 _ABORT: Final = struct.pack("ii", 1, 0)  # struct linger: on, 0 s: close() resets
 _NONE: Final = {Path.SPLICE: 0, Path.RELAY: 0}
-_WATCH_PAUSES_S: Final = (0.001, 0.01, 0.1, 1.0)
-"""How long to wait for the backend's kernel to see the end of the handshake: it takes
-microseconds, or, with TCP_DEFER_ACCEPT, the client's first bytes."""
 _REFUSALS: Final = {
     errno.EOPNOTSUPP: "not_established",
     errno.EBUSY: "busy",
@@ -118,6 +115,9 @@ class Session:
         self.tally = worker.counting
         self.pair: Pair | None = None
         self.direct: DirectPair | None = None
+        if released.direct is not None and worker.direct is not None:
+            self.direct = worker.direct.pair(released.direct)
+            worker.watched[self.direct.index] = self
         self.is_closed = False
         self._worker = worker
         self._dial = Dial(worker.backends.order(released.turn))
@@ -158,7 +158,7 @@ class Session:
         """Go on from where the loop has stopped."""
         self._worker.own(self.client, self)
         if released.is_connected or released.reason is Reason.DIAL_FAILED or released.backend:
-            self._dial.resume(released.backend)
+            self._dial.resume(released.backend, self._worker.backends.targets[released.target])
         backend = released.backend
         if backend is not None:
             self._worker.own(backend, self)
@@ -191,7 +191,7 @@ class Session:
             to_backend, to_client = self._directions
             sourced, targeted = (to_backend, to_client) if is_client else (to_client, to_backend)
             if mask & select.EPOLLRDHUP:
-                if targeted.direct is not None and targeted.direct.was_cut:
+                if _is_cut(targeted):
                     self._fail(End.CLIENT_RESET if is_client else End.BACKEND_RESET)
                     return
                 sourced.saw_fin()
@@ -294,8 +294,9 @@ class Session:
 
     def lost(self, way: Way, error: OSError) -> None:
         """Take note that the socket which feeds `way` failed."""
-        _log.debug("session %s: %s lost its source: %s", self.client_name, way.value, error)
-        self._fail(End.CLIENT_RESET if way is Way.TO_BACKEND else End.BACKEND_RESET)
+        if self._end is None:
+            self._note_lost(way, error)
+            self._settle()
 
     def damaged(self, way: Way) -> None:
         """Take note that `way` cannot go on: bytes are missing or doubled."""
@@ -311,9 +312,14 @@ class Session:
         if self._end is not None or self._directions is None:
             return
         to_backend, to_client = self._directions
-        target = (to_backend if way is Way.TO_BACKEND else to_client).relay.target
+        ended, reverse = (
+            (to_backend, to_client) if way is Way.TO_BACKEND else (to_client, to_backend)
+        )
+        if _is_cut(reverse):  # and its FIN was found before its event
+            self._fail(End.CLIENT_RESET if way is Way.TO_BACKEND else End.BACKEND_RESET)
+            return
         try:
-            target.shutdown(socket.SHUT_WR)
+            ended.relay.target.shutdown(socket.SHUT_WR)
         except OSError as error:  # ENOTCONN: it was reset just now
             self.lost(way.reverse, error)
             return
@@ -358,9 +364,9 @@ class Session:
 
     def _dialled(self, backend: socket.socket) -> None:
         """Go on as if the loop had dialled."""
+        if self._give_back(backend):
+            return
         if self._worker.has_wire:
-            if self._give_back(backend):
-                return
             bound(backend)
         self._connected(backend)
 
@@ -400,84 +406,40 @@ class Session:
         if self._client_has_fin:
             to_backend.saw_fin()
         splices = self._speed_up(to_backend, to_client, released)
-        if splices is None:
-            return
         if not self._is_counted:
             self._is_counted = True
             self.tally.sessions_total[self.path.value] += 1
         if released is not None and released.held:
             stalled = to_backend if released.held_way is Way.TO_BACKEND else to_client
             stalled.relay.hold(released.held)
+        if released is not None and released.reason is Reason.FAILED:
+            # Before anything is read: a socket says once why it failed, and then
+            # that this is the end.
+            self._note_lost(released.way, OSError(released.error, os.strerror(released.error)))
         # What the backend says first must not wait for what the client sends.
         for direction in (to_client, to_backend):
             direction.connected(splices.get(direction.way))
         if released is not None and released.reason is Reason.FAILED:
-            self.lost(released.way, OSError(released.error, os.strerror(released.error)))
+            self._settle()
         elif released is not None and released.reason is Reason.NO_MEMORY:
             self.close(End.ERROR)
-        elif (
-            self.pair is None
-            and self.direct is None
-            and (self._worker.has_wire or self._worker.datapath is not None)
-        ):
+        elif self.direct is not None:  # it may have been told just before
+            self.on_direct()
+        elif self.pair is None and self._worker.has_faster:
             self.later(_LATE_S, self._speed_up_late)
         self.rewatch()
 
     def _speed_up(
         self, to_backend: Direction, to_client: Direction, released: Released | None
-    ) -> dict[Way, Splice] | None:
-        """Find a faster path, if it is time for that; None: the loop has the session again."""
+    ) -> dict[Way, Splice]:
+        """Take the session to splice, if it is time for that."""
+        if self.direct is not None:
+            to_backend.direct, to_client.direct = self.direct.to_backend, self.direct.to_client
+            return {}
         if released is not None and (released.reason is not Reason.HANDOVER or released.held):
             return {}
-        was_captured = self._is_captured
-        if self._watch():
-            return {}
-        # To the loop they were captured: only now can it be armed there.
-        if was_captured and not self._is_captured and self._give_back(to_backend.relay.target):
-            return None
         is_answer = released is not None and released.way is Way.TO_CLIENT
         return self._pair(to_backend, to_client, is_client_first=is_answer)
-
-    def _watch(self, tries: int = 0) -> bool:
-        """Have the kernel hand over what the applications send, if both are on this host.
-
-        Returns whether it does, or may come to.
-        """
-        direct, backend = self._worker.direct, self.backend
-        if direct is None or self._is_captured is False:
-            return False
-        if backend is None or _has_hangup(self.client, backend):
-            return False
-        try:
-            found, may_come = direct.watch(self.client, backend, self._worker.index)
-        except DatapathError as error:
-            self._is_captured = False
-            self._refused(error)
-            return False
-        if found is None:
-            if may_come and tries < len(_WATCH_PAUSES_S):
-                self.later(_WATCH_PAUSES_S[tries], partial(self._watch_again, tries + 1))
-                return True
-            self._is_captured = False
-            self.tally.fallbacks["not_captured"] += 1
-            return False
-        self.direct = found
-        self._worker.watched[found.index] = self
-        for sock in (self.client, backend):
-            # Whatever ends this process, an application that has not read all that
-            # was handed to it must not take that for the end.
-            sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, _ABORT)
-        for direction, slot in zip(
-            self._directions or (), (found.to_backend, found.to_client), strict=False
-        ):
-            direction.direct = slot
-        return True
-
-    def _watch_again(self, tries: int) -> None:
-        if self._directions is None or self._end is not None or self.direct is not None:
-            return
-        if not self._watch(tries):
-            self._speed_up_late()
 
     def _count_refusal(self, slot: DirectSlot) -> None:
         reason = slot.refusal()
@@ -527,7 +489,7 @@ class Session:
             self._late_moved = moved
             self.later(_LATE_S, self._speed_up_late)
             return
-        if self._give_back(to_backend.relay.target) or self._watch():
+        if self._give_back(to_backend.relay.target):
             return
         splices = self._pair(to_backend, to_client)
         for direction in (to_client, to_backend):
@@ -535,9 +497,10 @@ class Session:
         self.rewatch()
 
     def _give_back(self, backend: socket.socket) -> bool:
-        """Let the loop go on, where the way to the wire begins; False if it is not for this one."""
-        turn = self._worker.backends.turn_at(self._dial.target)
-        if not self._worker.has_wire or self._is_unfit or turn is None:
+        """Let the loop go on, where two ways begin; False if neither is for this one."""
+        may_be_wired = self._worker.has_wire and not self._is_unfit
+        may_be_direct = self._worker.direct is not None and self._is_captured is not False
+        if not (may_be_wired or may_be_direct):
             return False
         sent = [direction.relay.written for direction in self._directions or ()]
         self.is_closed = self._worker.give_back(
@@ -546,7 +509,8 @@ class Session:
                 Reason.ASKED,
                 self.client,
                 self.client_name,
-                turn,
+                0,
+                self._worker.backends.names.index(self._dial.target),
                 backend,
                 is_connected=True,
                 is_counted=self._is_counted,
@@ -610,9 +574,16 @@ class Session:
         answer delivered: without us the client would have got it too.
         """
         if self._end is None:
-            self._end = end
-            self._grace_until_s = time.monotonic() + _GRACE_S
+            self._note_failed(end)
             self._settle()
+
+    def _note_lost(self, way: Way, error: OSError) -> None:
+        _log.debug("session %s: %s lost its source: %s", self.client_name, way.value, error)
+        self._note_failed(End.CLIENT_RESET if way is Way.TO_BACKEND else End.BACKEND_RESET)
+
+    def _note_failed(self, end: End) -> None:
+        self._end = end
+        self._grace_until_s = time.monotonic() + _GRACE_S
 
     def _settle(self) -> None:
         if self._directions is None or self._end is None:
@@ -662,12 +633,12 @@ def _mask(sourced: Direction, targeted: Direction) -> int:
     return mask
 
 
-def _has_hangup(*socks: socket.socket) -> bool:
-    """Tell whether the peer of one has sent its FIN, or is gone."""
-    poller = select.poll()
-    for sock in socks:
-        poller.register(sock, select.POLLRDHUP)
-    return bool(poller.poll(0))
+def _is_cut(direction: Direction) -> bool:
+    """Tell whether its receiver was closed with bytes unread that were handed over.
+
+    TCP knows nothing of them, and has sent a FIN: without us it would be a reset.
+    """
+    return direction.direct is not None and direction.direct.was_cut
 
 
 def _unacknowledged(sock: socket.socket) -> int:

@@ -6,8 +6,8 @@ is received can be sent at once, both sides end with a FIN. Such a session is
 accepted, dialled, copied and closed in C (`_bpf/loop.c`), without the
 interpreter. As soon as there is something to decide, or a faster path to hand
 over to, the loop releases it, and it becomes a `sockgw.lifetime` Session. That
-gives it back when it is plain again and may go by wire: the way there begins
-in the loop.
+gives it back when it is plain again and may go by wire or direct: the ways
+there begin in the loop.
 
 Without the compiled binding there is `PythonLoop`, for which no session is
 plain: it releases each one as soon as it is accepted.
@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING, Final, NamedTuple, Protocol
 from sockgw import _bpf
 from sockgw.config import format_sockaddr
 from sockgw.relay import receive_option
-from sockgw.session import Way
+from sockgw.session import Path, Way
 
 if TYPE_CHECKING:
     import socket
@@ -61,7 +61,7 @@ class Reason(enum.IntEnum):
     FAILED = 3
     """A socket failed."""
     FULL = 4
-    """A target has no room."""
+    """A target has no room, or what has come by TCP was overtaken on direct."""
     NO_MEMORY = 5
     """The same, and what could not be sent is lost."""
 
@@ -85,13 +85,17 @@ class Released(NamedTuple):
     client: socket.socket
     client_name: str
     turn: int
-    """Its place in the rotation over the backends."""
+    """Its place in the rotation over the backends, if it is not connected."""
+    target: int = 0
+    """Where it is connected to, or has been dialled: in `Backends.targets`."""
     backend: socket.socket | None = None
     is_connected: bool = False
     is_counted: bool = False
-    """Whether `Loop.relayed` has it."""
+    """Whether the loop has counted it: as relayed, directed or wired."""
     is_unfit: bool = False
     """Whether it cannot go by wire."""
+    direct: int | None = None
+    """Its `DirectPair.index`, if it goes direct."""
     is_captured: bool | None = None
     """Whether the direct path has both its applications; None: that is not known yet."""
     way: Way = Way.TO_BACKEND
@@ -102,11 +106,11 @@ class Released(NamedTuple):
     sent: tuple[int, int] = _NOTHING
     """Bytes sent on, by way."""
     direct_bytes: tuple[int, int] = _NOTHING
-    """Besides those, handed over before the session left the direct path."""
+    """Besides those, handed over before the session left the direct path once."""
     is_ended: tuple[bool, bool] = _NOBODY
     """Whether the FIN is passed on, by way."""
     held: bytes = b""
-    """What a target had no room for ..."""
+    """What a target had no room for, or what was overtaken on direct ..."""
     held_way: Way = Way.TO_BACKEND
     """... and which."""
     told: tuple[int, int] = _NOTHING
@@ -117,7 +121,8 @@ class Ended(NamedTuple):
     """A session that the loop has seen to its end."""
 
     client_name: str
-    turn: int
+    target: int
+    """In `Backends.targets`."""
     age_s: float
     to_backend_bytes: int
     to_client_bytes: int
@@ -128,11 +133,11 @@ class Ended(NamedTuple):
     wire_bytes: tuple[int, int] = _NOTHING
     """By way, besides what was copied."""
     direct_bytes: tuple[int, int] = _NOTHING
-    """And so, before the session left the direct path."""
-    is_wired: bool = False
-    """Whether it went by wire at last."""
+    """And so handed over."""
+    path: Path = Path.RELAY
+    """The best that it was on at its end."""
     backend_name: str = ""
-    """Of an adopted session; else `turn` says it."""
+    """Of an adopted session; else `target` says it."""
 
 
 class Loop(Protocol):
@@ -168,6 +173,18 @@ class Loop(Protocol):
     @property
     def uncaptured(self) -> int:
         """Sessions so far that cannot go direct, because an application was not captured."""
+
+    @property
+    def undirected(self) -> tuple[int, int]:
+        """Sessions so far that could, but for memory, or because the kernel refused."""
+
+    @property
+    def on_direct(self) -> int:
+        """Those of `open` that go direct."""
+
+    @property
+    def directed(self) -> int:
+        """Sessions so far that went direct."""
 
     @property
     def relayed(self) -> int:
@@ -228,6 +245,9 @@ class Loop(Protocol):
     def released(self) -> list[Released]:
         """Take over what was released since the last call."""
 
+    def told(self) -> list[int]:
+        """Take those released before, by `DirectPair.index`, of which the kernel told something."""
+
     def ended(self) -> list[Ended]:
         """Return the sessions that ended since the last call."""
 
@@ -284,7 +304,9 @@ def open_run() -> Run | None:
 class PythonLoop:
     """`select.epoll`, and no session is plain."""
 
-    open = relayed = armed = on_wire = wired = uncaptured = 0
+    open = relayed = armed = on_wire = wired = 0
+    uncaptured = on_direct = directed = 0
+    undirected = _NOTHING
     sent = _NOTHING
     unfit: Final[list[int]] = []
 
@@ -354,6 +376,10 @@ class PythonLoop:
         """Take over what was accepted."""
         released, self._released = self._released, []
         return released
+
+    def told(self) -> list[int]:
+        """Return none: there is no direct path without the binding."""
+        return []
 
     def ended(self) -> list[Ended]:
         """Return none: no session ends here."""

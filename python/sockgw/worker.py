@@ -113,8 +113,8 @@ class Worker:
             is_logging=self.access_log.is_enabled,
         )
         self.has_wire = wire is not None
-        self._has_faster = datapath is not None or self.has_wire
-        if self._has_faster:
+        self.has_faster = datapath is not None or self.has_wire or direct is not None
+        if self.has_faster:
             self.loop.handover = Handover.AT_ONCE
         self._wire = wire
         self._unfit_names = wire.unfit_names if wire is not None else []
@@ -168,10 +168,13 @@ class Worker:
         tally = Tally.merge([self.counting])
         tally.sessions_total[Path.RELAY.value] += self.loop.relayed
         tally.sessions_total[Path.WIRE.value] += self.loop.wired
+        tally.sessions_total[Path.DIRECT.value] += self.loop.directed
         for name, count in zip(self._unfit_names, self.loop.unfit, strict=False):
             if name:
                 tally.fallbacks[name] += count
         tally.fallbacks["not_captured"] += self.loop.uncaptured
+        for reason, count in zip(("no_room", "other"), self.loop.undirected, strict=True):
+            tally.fallbacks[reason] += count
         for way, sent in zip(WAYS, self.loop.sent, strict=True):
             tally.bytes[way.value, Path.RELAY.value] += sent
         return tally
@@ -181,9 +184,10 @@ class Worker:
         """Open sessions by the path that they are on."""
         # list() copies in one step, while the worker goes on.
         active = Counter(session.path.value for session in list(self.sessions))
-        on_wire = self.loop.on_wire
+        on_wire, on_direct = self.loop.on_wire, self.loop.on_direct
         active[Path.WIRE.value] += on_wire
-        active[Path.RELAY.value] += max(0, self.loop.open - on_wire)
+        active[Path.DIRECT.value] += on_direct
+        active[Path.RELAY.value] += max(0, self.loop.open - on_wire - on_direct)
         return active
 
     def held_by_kernel(self) -> int:
@@ -313,6 +317,7 @@ class Worker:
                     self._handle(fd, mask)
                 self._run_timers()
                 self._take_over()
+                self._look_at_told()
                 self._close_buried()
         except BaseException as error:  # noqa: BLE001 - the gateway must not live on without it
             self._on_crash(error)
@@ -333,10 +338,6 @@ class Worker:
             spill_fd = self.datapath.spill_fd(self.index)
             self._owners[spill_fd] = self._on_spill
             self.loop.register(spill_fd, select.EPOLLIN)
-        if self.direct is not None:
-            ring_fd = self.direct.ring_fd(self.index)
-            self._owners[ring_fd] = self._on_direct
-            self.loop.register(ring_fd, select.EPOLLIN)
         self._owners[self.listener.socket.fileno()] = self._on_connection
         if self._wire is not None:
             self._adopt(self._wire)
@@ -433,9 +434,9 @@ class Worker:
                 self.report(
                     Line(
                         one.client_name,
-                        one.backend_name or self.backends.name(one.turn),
+                        one.backend_name or self.backends.names[one.target],
                         one.age_s,
-                        (Path.WIRE if one.is_wired else Path.RELAY).value,
+                        one.path.value,
                         how.value,
                         (0, one.to_backend_bytes, 0, one.to_client_bytes),
                         0,
@@ -467,16 +468,14 @@ class Worker:
             if session is not None:
                 self._guarded(session, partial(session.on_spill, is_to_backend=is_to_backend))
 
-    def _on_direct(self) -> None:
-        if self.direct is None:
-            return
-        for index in self.direct.events(self.index):
+    def _look_at_told(self) -> None:
+        for index in self.loop.told():
             session = self.watched.get(index)
             if session is not None:
                 self._guarded(session, session.on_direct)
 
     def _on_connection(self) -> None:
-        if self._has_faster:
+        if self.has_faster:
             self._choose_handover()
             self._watch_for_handover()
         try:
@@ -509,7 +508,9 @@ class Worker:
         silent_s, age_s = (_NEVER_S, _LASTS_S) if is_rush else (_SILENT_S, _NEVER_S)
         while self.loop.hand_over(silent_s=silent_s, age_s=age_s):
             self._take_over()
-        self._is_handing_over = self.loop.open > self.loop.armed + self.loop.on_wire
+        self._is_handing_over = self.loop.open > (
+            self.loop.armed + self.loop.on_wire + self.loop.on_direct
+        )
         if self._is_handing_over:
             self.after(_LASTS_S / 2 if is_rush else _SILENT_S, None, self._hand_over)
 

@@ -126,7 +126,7 @@ def _is_guard(pid: int) -> bool:
     """Whether this is the process that only waits for the gateway's death."""
     try:
         return (Path("/proc") / str(pid) / "comm").read_text() == "sockgw-guard\n"
-    except FileNotFoundError:
+    except (FileNotFoundError, ProcessLookupError):  # it has ended
         return False
 
 

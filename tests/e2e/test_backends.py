@@ -27,6 +27,8 @@ from .traffic import MIB, Stream, Task, exchange, expect, receive, send_and_fini
 from .waits import eventually
 
 if TYPE_CHECKING:
+    from pathlib import Path
+
     from .conftest import OpenSession, StartGateway
     from .gateways import Gateway
     from .paths import PathUnderTest
@@ -162,6 +164,26 @@ def test_the_next_backend_is_as_good(
 ) -> None:
     """A session that the first backend refused is on the path that it would be on anyway."""
     running = gateway(f"127.0.0.1:{unused_port()}", backend.address, threads=1)
+    _assert_as_good(running, backend, session, path)
+
+
+@pytest.mark.usefixtures("root")
+def test_the_next_address_is_as_good(
+    gateway: StartGateway, session: OpenSession, path: PathUnderTest, tmp_path: Path
+) -> None:
+    """So is a session that the first address of a name refused, as ::1 of localhost may."""
+    hosts = tmp_path / "hosts"
+    hosts.write_text("127.0.0.1 two.test\n127.0.0.2 two.test\n")
+    with_hosts = ("unshare", "--mount", "sh", "-c", 'mount --bind "$0" /etc/hosts && exec "$@"')
+    with Backend("127.0.0.2") as backend:
+        running = gateway(f"two.test:{backend.port}", threads=1, prefix=(*with_hosts, str(hosts)))
+        _assert_as_good(running, backend, session, path)
+        assert running.metrics().value("gateway_dial_errors_total", reason="refused") == 4
+
+
+def _assert_as_good(
+    running: Gateway, backend: Backend, session: OpenSession, path: PathUnderTest
+) -> None:
     for number in range(1, 5):
         client, server = session(running, backend)
         for _ in range(path.exchanges):

@@ -15,6 +15,7 @@ import signal
 import socket
 import struct
 import subprocess
+import sys
 import time
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -32,6 +33,8 @@ from .traffic import (
     Stream,
     Task,
     exchange,
+    expect,
+    finish,
     go_direct,
     pause,
     random_seed,
@@ -56,6 +59,8 @@ pytestmark = pytest.mark.parametrize(
 
 DIRECTIONS = pytest.mark.parametrize("direction", ["to_backend", "to_client"])
 HERE = Path(__file__).parent
+BOUND = 64 * KIB  # for a second message of MOST_OF_IT bytes there is no room
+MOST_OF_IT = 48 * KIB
 _SO_ZEROCOPY = 60
 _MSG_ZEROCOPY = 0x4000000
 
@@ -192,6 +197,53 @@ def test_receiver_that_closes_without_having_read(
         sender.recv(1)
     expected = "backend_reset" if direction == "to_backend" else "client_reset"
     assert running.access_lines(1)[0]["end"] == expected
+
+
+@DIRECTIONS
+def test_receiver_that_closes_with_bytes_on_their_way(
+    gateway: StartGateway, backend: Backend, session: OpenSession, direction: str
+) -> None:
+    """The same when the sender goes on by TCP, and the gateway hears of both at once."""
+    running = gateway(backend.address, direct_bound=BOUND)
+    pair = session(running, backend)
+    go_direct(running, *pair)
+    sender, receiver = _oriented(pair, direction)
+    with running.paused():
+        sender.sendall(bytes(MOST_OF_IT))
+        sender.sendall(bytes(MOST_OF_IT))
+        receiver.close()
+    with pytest.raises(ConnectionResetError):
+        sender.recv(1)
+    expected = "backend_reset" if direction == "to_backend" else "client_reset"
+    assert running.access_lines(1)[0]["end"] == expected
+
+
+@DIRECTIONS
+def test_last_message_beyond_the_bound(
+    gateway: StartGateway, backend: Backend, session: OpenSession, direction: str
+) -> None:
+    """What there is no room for is not sent on by TCP before the rest is read, be it the last."""
+    running = gateway(backend.address, direct_bound=BOUND)
+    pair = session(running, backend)
+    go_direct(running, *pair)
+    sender, receiver = _oriented(pair, direction)
+    before = _received_by_tcp(receiver)
+    sender.sendall(b"1" * MOST_OF_IT)
+    sender.sendall(b"2" * MOST_OF_IT)
+    eventually(
+        "it waits with the gateway",
+        lambda: running.metrics().value("gateway_spills_total", direction=direction) == 1,
+    )
+    assert _received_by_tcp(receiver) == before
+    expect(receiver, b"1" * MOST_OF_IT + b"2" * MOST_OF_IT)
+    assert _received_by_tcp(receiver) == before + MOST_OF_IT
+    finish(*pair, Stream(1, MIB), Stream(2, MIB))
+
+
+def _received_by_tcp(sock: socket.socket) -> int:
+    """Return the bytes that TCP has brought: tcpi_bytes_received."""
+    info = sock.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, 136)
+    return int.from_bytes(info[128:], sys.byteorder)
 
 
 @DIRECTIONS

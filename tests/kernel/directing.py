@@ -47,12 +47,14 @@ class Directed:
         hosts: tuple[str, str] | None = None,
         ports: tuple[int, int, int, int] = (0, 0, 0, 0),
         server: socket.socket | None = None,
+        dial: Callable[[socket.socket], None] | None = None,
         is_blocking: bool = False,
     ) -> None:
         """Connect both sides, each where its context puts it; the session is not watched yet.
 
         `hosts`: where we listen, and where the backend does. `ports`: of the
         client, of our listener, of the socket that we dial, of the backend.
+        `dial`: called with the client, which is about to connect.
         """
         ours, theirs = hosts or (HOSTS[family], HOSTS[family])
         self.direct = direct
@@ -70,6 +72,8 @@ class Directed:
                 self.client = socket.socket(family)
             bind(self.client, ours if ports[0] else "", ports[0])
             self.client.settimeout(None if is_blocking else DEADLINE_S)
+            if dial is not None:
+                dial(self.client)
             self.client.connect(listener.getsockname()[:2])
             self.near, _ = listener.accept()
             direct.unlisten(listener)
@@ -141,6 +145,11 @@ class Directed:
             self.pair = None
         self.client.close()
         self.backend.close()
+
+
+def told(direct: Direct) -> list[int]:
+    """Take the sessions that a worker would look at now: their `DirectPair.index`."""
+    return [slot // 2 for slot in direct._rings[0].drain()]
 
 
 def listening(family: socket.AddressFamily, host: str, port: int) -> socket.socket:

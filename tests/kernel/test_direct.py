@@ -23,7 +23,7 @@ import pytest
 from sockgw._bpf import features
 from sockgw.session import Way
 
-from .directing import Directed, await_sleeping, exactly, is_silent, reading
+from .directing import Directed, await_sleeping, exactly, is_silent, reading, told
 from .leftovers import exists, held
 from .netns import Network
 from .pairing import DEADLINE_S, HOSTS, reverse_of
@@ -68,7 +68,7 @@ def narrow(_direct_works: None, family: socket.AddressFamily) -> Iterator[Direct
     """A session whose two directions are open, with a bound that two messages reach."""
     loaded = _load(SMALL_BOUND_BYTES)
     session = Directed(loaded, family).open()
-    loaded.events(0)
+    told(loaded)
     yield session
     session.close()
     loaded.close()
@@ -222,7 +222,7 @@ def test_who_waits_for_all_stays_on_tcp(
 
 def test_bound(narrow: Directed, way: Way) -> None:
     """What the receiver has no room for goes by TCP, and waits with us until the rest is read."""
-    session, told = narrow, narrow.direct.events
+    session = narrow
     _, receiver = session.ends(way)
     slot = session.slot(way)
     assert session.handed_over(way, b"1" * ROOM)
@@ -232,9 +232,10 @@ def test_bound(narrow: Directed, way: Way) -> None:
     assert not slot.is_flushed(), "the receiver has read nothing"
     assert exactly(receiver, ROOM - 1) == b"1" * (ROOM - 1)
     assert not slot.is_flushed()
-    assert told(0) == []
+    assert told(narrow.direct) == []
     assert receiver.recv(100) == b"1"
-    assert told(0) == [narrow.pair and narrow.pair.index], "nobody was told that all is read"
+    assert session.pair is not None
+    assert told(narrow.direct) == [session.pair.index], "nobody was told that all is read"
     assert slot.is_flushed()
     assert not slot.is_overtaken
     session.relay(way, ROOM + 1)
@@ -568,6 +569,23 @@ def test_third_party(direct: Direct, family: socket.AddressFamily) -> None:
             assert direct.captured() == known
         session.close()
     assert len(direct.captured()) == len(known) - 2
+
+
+@pytest.mark.parametrize("where", ["before", "behind"])
+def test_another_gateway_in_a_row(direct: Direct, family: socket.AddressFamily, where: str) -> None:
+    """Bytes that another gateway hands to a socket of ours are in no count: then nothing is."""
+    other = _load(BOUND_BYTES)
+
+    with socket.create_server((HOSTS[family], 0), family=family) as server:
+        if where == "behind":
+            other.listen(server)
+        session = Directed(
+            direct, family, server=server, dial=other.dial if where == "before" else None
+        )
+        found = session.direct.watch(session.near, session.far, 0)
+        session.close()
+    other.close()
+    assert found == (None, False)
 
 
 def test_mapped_addresses(direct: Direct) -> None:

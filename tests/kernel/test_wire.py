@@ -442,7 +442,7 @@ def test_fin_keeps_a_session_from_switching(worker: Worker, way: Way, last: byte
     worker.until(lambda: receiver.read() or receiver.has_seen_eof, "the FIN is passed on")
     receiver.finish()
     ended = worker.the_ended()
-    assert (ended.finish, ended.is_wired, totals(ended)) == (Finish.EOF, False, said(session))
+    assert (ended.finish, ended.path.value, totals(ended)) == (Finish.EOF, "relay", said(session))
     assert session.is_forgotten
 
 
@@ -1255,7 +1255,7 @@ def test_end_of_both_sides(worker: Worker, way: Way, last: bytes) -> None:
     session.check()
     wait_for(lambda: session.is_forgotten, "both are acknowledged")
     ended = worker.the_ended()
-    assert (ended.finish, ended.is_wired, totals(ended)) == (Finish.EOF, True, said(session))
+    assert (ended.finish, ended.path.value, totals(ended)) == (Finish.EOF, "wire", said(session))
     assert (worker.loop.open, worker.loop.on_wire) == (0, 0)
     wait_until_free(session, worker.family)
 
@@ -1269,7 +1269,7 @@ def test_end_before_we_have_left(worker: Worker, way: Way) -> None:
         session.expect_eof(sending)
     wait_for(lambda: session.is_forgotten, "both are acknowledged")
     ended = worker.the_ended()
-    assert (ended.finish, ended.is_wired, totals(ended)) == (Finish.EOF, True, said(session))
+    assert (ended.finish, ended.path.value, totals(ended)) == (Finish.EOF, "wire", said(session))
     assert worker.loop.open == 0
 
 
@@ -1315,7 +1315,7 @@ def test_reset_of_one_side(worker: Worker, way: Way, has_left: bool) -> None:
     session.expect_reset(way)
     assert session.is_forgotten
     ended = worker.the_ended()
-    assert (ended.finish, ended.is_wired, totals(ended)) == (RESETS[way], True, said(session))
+    assert (ended.finish, ended.path.value, totals(ended)) == (RESETS[way], "wire", said(session))
     assert (worker.loop.open, worker.loop.on_wire) == (0, 0)
 
 

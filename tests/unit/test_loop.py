@@ -547,7 +547,7 @@ def test_plain_session(make: Any, backend: Backend, first: str) -> None:
             assert rig.is_ended(client)
             assert rig.is_ended(server)
         ended = rig.the_ended()
-        assert (ended.client_name, ended.turn) == (name(client), 0)
+        assert (ended.client_name, ended.target) == (name(client), 0)
         assert sent(ended) == rig.loop.sent
         late = {"client": (0, 4), "backend": (4, 0), "both": (0, 0)}[first]
         assert sent(ended) == (14 + late[0], 12 + late[1])

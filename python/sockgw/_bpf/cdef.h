@@ -151,8 +151,51 @@ struct sgw_run {
 /* Copy until the source is empty or ends, a socket fails, or something is held. */
 void sgw_run(struct sgw_run *run);
 
-/* The direct path. Ask sock_direct_ask: an enum direct_answer, or -errno. */
-int sgw_direct_ask(int program, const struct direct_ask *ask);
+/* The direct path (direct.c): one for each process. An id is a session's place, a slot
+ * the place of one of its directions.
+ */
+
+struct sgw_direct;
+
+struct sgw_direct_settings {
+	int program; /* sock_direct_ask */
+	struct direct_slot *slots; /* of all processes */
+	uint32_t first; /* of this one's places */
+	uint32_t sessions;
+};
+
+struct sgw_direct_way { /* what userspace knows of a direction of a session that is watched */
+	uint64_t before; /* its words' bytes when the session began */
+	uint64_t flushed_at; /* and when the receiver was last found to have read everything */
+	uint32_t session; /* the loop's, of a session that is with it */
+	bool is_counted; /* why it is refused */
+};
+
+/* NULL: no memory. */
+struct sgw_direct *sgw_direct_open(const struct sgw_direct_settings *settings);
+/* Make a forked process's copy its own, with these places: 0 or -errno. */
+int sgw_direct_narrow(struct sgw_direct *direct, uint32_t first, uint32_t sessions);
+void sgw_direct_close(struct sgw_direct *direct);
+/* Sessions that are watched. */
+uint32_t sgw_direct_active(const struct sgw_direct *direct);
+struct direct_slot *sgw_direct_words(const struct sgw_direct *direct, uint32_t slot);
+struct sgw_direct_way *sgw_direct_way(const struct sgw_direct *direct, uint32_t slot);
+/* Find the applications' sockets at the other ends of our two, and hear of them in `worker`'s
+ * ring: an enum direct_answer, with *id if that is DIRECT_YES, or -errno.
+ */
+int sgw_direct_watch(struct sgw_direct *direct, int client, int backend, uint32_t worker,
+		     uint32_t *id);
+/* Leave a session's applications to themselves: our sockets are closed, or go on by TCP. */
+void sgw_direct_forget(struct sgw_direct *direct, uint32_t id);
+/* Ask anything but DIRECT_WATCH: an enum direct_answer, or -errno. */
+int sgw_direct_ask(const struct sgw_direct *direct, enum direct_question question, uint32_t slot);
+/* Were bytes handed over since the last flush? */
+bool sgw_direct_is_overtaken(const struct sgw_direct *direct, uint32_t slot);
+/* Has the receiver read all that was handed over? To be asked only while bytes or a FIN
+ * have come by TCP: nothing more is handed over then. 1, 0, and the ring tells when it has, or
+ * -errno.
+ */
+int sgw_direct_is_flushed(const struct sgw_direct *direct, uint32_t slot);
 
 struct sgw_direct_totals {
 	uint64_t bytes[2]; /* by SOCK_SLOT_TO_... */
@@ -237,7 +280,7 @@ enum sgw_reason {
 	SGW_ASKED, /* sgw_loop_release...() */
 	SGW_DIAL_FAILED, /* by error */
 	SGW_FAILED, /* the socket that feeds way, by error if that is not 0 */
-	SGW_FULL, /* a target has no room for what is held */
+	SGW_FULL, /* a target has no room for what is held, or it has been overtaken on direct */
 	SGW_NO_MEMORY, /* the same, but it is lost */
 };
 
@@ -255,14 +298,17 @@ struct sgw_released {
 	int client_family;
 	int backend_family;
 	bool is_connected;
-	bool is_counted; /* in sgw_loop.relayed */
+	bool is_counted; /* in sgw_loop.relayed, .directed or .wired */
 	bool is_unfit; /* it cannot go by wire */
+	bool is_direct; /* and has this id there */
+	uint32_t direct;
 	enum direct_answer captured; /* are both applications? */
 	uint32_t told[2]; /* the largest window that each side was told, of one that was armed */
-	uint32_t turn;
+	uint32_t turn; /* of one that is not connected */
+	uint32_t target; /* the one that it has dialled */
 	uint64_t age_ns;
 	uint64_t bytes[2]; /* sent on, by way */
-	uint64_t direct_bytes[2]; /* handed over before that, past us */
+	uint64_t direct_bytes[2]; /* handed over before that by an earlier id, past us */
 	bool is_ended[2]; /* its FIN is passed on, by way */
 	char *held; /* of held_way; to be freed with free() */
 	size_t held_bytes;
@@ -278,17 +324,24 @@ enum sgw_end { /* how a session ended */
 	SGW_LOST, /* somebody else has its backend leg's ports */
 };
 
+enum sgw_path { /* the best that a session was on at its end */
+	SGW_ON_RELAY,
+	SGW_ON_WIRE,
+	SGW_ON_DIRECT,
+};
+
 struct sgw_ended { /* a session that ended without having been released */
-	uint32_t turn;
+	uint32_t target;
 	enum sgw_end end;
 	uint64_t age_ns;
 	uint64_t bytes[2]; /* copied */
 	uint64_t wire_bytes[2];
 	uint64_t direct_bytes[2];
-	uint64_t is_wired; /* it went by wire at last */
+	enum sgw_path path;
+	uint32_t pad;
 	struct sock_stats stats[2]; /* of the client, the backend */
 	char client_name[72];
-	char backend_name[72]; /* "": turn says it */
+	char backend_name[72]; /* "": target says it */
 };
 
 struct sgw_loop {
@@ -303,12 +356,18 @@ struct sgw_loop {
 	uint32_t on_wire; /* of open */
 	uint64_t wired; /* sessions that went by wire */
 	uint64_t unfit[20]; /* SGW_UNFITS: sessions that cannot, by enum wire_unfit */
+	uint32_t on_direct; /* of open */
+	uint64_t directed; /* sessions that went direct */
 	uint64_t uncaptured; /* sessions that cannot go direct */
+	uint64_t undirected_for_room; /* sessions that could, but for want of memory */
+	uint64_t undirected; /* ... but the kernel refused to be asked */
 	const struct sgw_event *events;
 	int released_count; /* for the caller to set back to 0 */
 	int ended_count;
+	int told_count;
 	const struct sgw_released *released;
 	const struct sgw_ended *ended;
+	const uint32_t *told; /* sessions on direct that are the caller's, by id: look at them */
 };
 
 struct sgw_loop_settings {
@@ -319,12 +378,15 @@ struct sgw_loop_settings {
 	int stats_map; /* -1: none */
 	int own_map; /* of sockets that we dial, for the direct path; -1: none */
 	int found_map; /* our sockets with a captured application at the other end; -1: none */
+	struct sgw_direct *direct; /* NULL: no session goes direct */
+	int direct_ring; /* this worker's */
 	bool is_logging; /* whether names and stats of ended sessions are wanted */
+	uint32_t rotation; /* targets that sessions dial in turn: the first ones */
 	uint64_t *turns; /* sessions begun, by all that share the backends */
 	struct sgw_wire *wire; /* NULL: no session goes by wire */
 	int wire_ring; /* this worker's */
 	uint32_t worker;
-	bool is_splicing; /* sessions that do not go by wire are released */
+	bool is_splicing; /* sessions that go neither by wire nor direct are released */
 };
 
 /* NULL: no memory, or no descriptor. */
@@ -332,7 +394,7 @@ struct sgw_loop *sgw_loop_open(const struct sgw_loop_settings *settings);
 /* Stop watching; the counts can still be read. */
 void sgw_loop_close(struct sgw_loop *loop);
 void sgw_loop_free(struct sgw_loop *loop);
-/* Add a backend to the rotation: 0 or -errno. */
+/* Add a target: 0 or -errno. */
 int sgw_loop_target(struct sgw_loop *loop, int family, const char *host, int port, uint32_t scope);
 enum sgw_operation {
 	SGW_ADD = 1,

@@ -7,8 +7,8 @@
  * with a FIN. The first thing that is not plain (a dial that fails, a target
  * without room, a reset, the handover to a faster path) releases it to Python,
  * with both sockets and all counts. So a session's course is decided in one place,
- * and the common one costs nothing there. It comes back for one reason: the way
- * to the wire begins here (sgw_loop_return).
+ * and the common one costs nothing there. It comes back for one reason: the ways
+ * to the wire and to direct begin here (sgw_loop_return).
  *
  * The loop keeps no byte from one event to the next: what it has received and
  * could not send goes with the release. The exception is a stream that is on its
@@ -79,7 +79,7 @@ int sgw_loop_return(struct sgw_loop *public, const struct sgw_released *returned
 	memcpy(session->direct_bytes, returned->direct_bytes, sizeof(session->direct_bytes));
 	session->fds[CLIENT] = returned->client;
 	session->fds[BACKEND] = returned->backend;
-	session->turn = returned->turn;
+	session->target = returned->target;
 	session->is_answered = returned->bytes[SOCK_SLOT_TO_CLIENT] > 0;
 	session->is_counted = returned->is_counted;
 	session->captured = returned->captured;
@@ -105,6 +105,7 @@ struct sgw_loop *sgw_loop_open(const struct sgw_loop_settings *settings)
 	loop->public.events = loop->events;
 	loop->public.released = loop->released;
 	loop->public.ended = loop->ended;
+	loop->public.told = loop->told;
 	loop->free = NONE;
 	loop->listener = -1;
 	loop->dialling = loop->connected = loop->on_wire = (struct list){ NONE, NONE };
@@ -112,7 +113,8 @@ struct sgw_loop *sgw_loop_open(const struct sgw_loop_settings *settings)
 	/* Zeroed pages: what is never used takes no memory. */
 	loop->sessions = calloc(settings->sessions, sizeof(*loop->sessions));
 	loop->epoll = epoll_create1(EPOLL_CLOEXEC);
-	if (!loop->sessions || loop->epoll < 0 || (settings->wire && !watch_wire(loop))) {
+	if (!loop->sessions || loop->epoll < 0 || (settings->wire && !watch_wire(loop)) ||
+	    (settings->direct && !watch_direct(loop))) {
 		sgw_loop_free(&loop->public);
 		return NULL;
 	}
@@ -135,6 +137,8 @@ void sgw_loop_free(struct sgw_loop *public)
 	sgw_loop_close(public);
 	if (loop->wire_ring)
 		ring_buffer__free(loop->wire_ring);
+	if (loop->direct_ring)
+		ring_buffer__free(loop->direct_ring);
 	if (loop->vault >= 0)
 		close(loop->vault);
 	free(loop->by_wire);
@@ -242,11 +246,12 @@ int sgw_loop_wait(struct sgw_loop *public, int64_t timeout_ns)
 		 */
 		is_listener_due = count == EVENTS;
 		take_wire_events(loop);
+		take_direct_events(loop);
 		for (i = 0; i < count; i++) {
 			uint64_t data = events[i].data.u64;
 			uint32_t index = (uint32_t)data >> 1;
 
-			if (data == WIRE_RING)
+			if (data == WIRE_RING || data == DIRECT_RING)
 				continue;
 			if (!(data & OWN)) {
 				is_listener_due &= (int)data != loop->listener;
@@ -269,8 +274,8 @@ int sgw_loop_wait(struct sgw_loop *public, int64_t timeout_ns)
 		/* An end is nothing to hurry for. */
 		if (public->ended_count && loop->now_ns + ENDED_WAIT_NS < until_ns)
 			until_ns = loop->now_ns + ENDED_WAIT_NS;
-	} while (!public->released_count && public->ended_count < ENDED_BATCH &&
-		 loop->now_ns < until_ns);
+	} while (!public->released_count && !public->told_count &&
+		 public->ended_count < ENDED_BATCH && loop->now_ns < until_ns);
 	return 0;
 }
 
@@ -283,13 +288,15 @@ static int release_of(struct loop *loop, const struct list *list, enum sgw_reaso
 
 	for (index = list->first; index != NONE && loop->public.released_count < RECORDS;
 	     index = next) {
-		const struct session *session = &loop->sessions[index];
+		struct session *session = &loop->sessions[index];
 		bool is_stream = reason == SGW_HANDOVER && session->is_counted;
 
 		next = session->next;
 		/* After a FIN no sockmap takes it; what gathers may hold bytes. */
-		if (reason == SGW_HANDOVER &&
-		    (session->is_ended[0] || session->is_ended[1] || session->gathering))
+		if (reason == SGW_HANDOVER && (session->is_ended[0] || session->is_ended[1] ||
+					       session->gathering || session->direct != NONE))
+			continue;
+		if (reason == SGW_ASKED && !is_silent_on_direct(loop, session) && silent_ns)
 			continue;
 		if (loop->now_ns - session->active_ns >=
 			    (is_stream ? STREAM_PAUSE * silent_ns : silent_ns) ||

@@ -12,6 +12,7 @@ from sockgw._bpf._binding import ffi, lib
 from sockgw.datapath import Connection
 from sockgw.loop import WAYS, Ended, Finish, Handover, Reason, Released
 from sockgw.relay import RECEIVE_BYTES
+from sockgw.session import Path
 
 if TYPE_CHECKING:
     from sockgw.backend import Backends
@@ -39,9 +40,14 @@ _FINISHES: Final = {
     lib.SGW_RESET_AS_ASKED: Finish.ASKED,
     lib.SGW_LOST: Finish.LOST,
 }
+_PATHS: Final = {
+    lib.SGW_ON_RELAY: Path.RELAY,
+    lib.SGW_ON_WIRE: Path.WIRE,
+    lib.SGW_ON_DIRECT: Path.DIRECT,
+}
 _CAPTURED: Final = {lib.DIRECT_NO: False, lib.DIRECT_YES: True, lib.DIRECT_NOT_YET: None}
 _ANSWERS: Final = {is_captured: answer for answer, is_captured in _CAPTURED.items()}
-_ENDED: Final = struct.Struct("=2I8Q Q8x2I Q8x2I 72s72s")
+_ENDED: Final = struct.Struct("=2I7QI4x Q8x2I Q8x2I 72s72s")
 assert _ENDED.size == ffi.sizeof("struct sgw_ended")  # noqa: S101 - cdef.h changed
 _NS: Final = 1_000_000_000
 Guard: TypeAlias = "tuple[Any, int]"
@@ -79,19 +85,22 @@ class CompiledLoop:
                 "stats_map": -1 if datapath is None else datapath.stats_fd,
                 "own_map": -1 if direct is None else direct.own_fd,
                 "found_map": -1 if direct is None else direct.found_fd,
+                "direct": ffi.NULL if direct is None else direct.handle,
+                "direct_ring": -1 if direct is None else direct.ring_fd(worker),
                 "is_logging": is_logging,
+                "rotation": len(backends.firsts),
                 "turns": self._turns,
                 "wire": ffi.NULL if wire is None else wire.handle,
                 "wire_ring": -1 if wire is None else wire.ring_fd(worker),
                 "worker": worker,
-                "is_splicing": datapath is not None or wire is None,
+                "is_splicing": datapath is not None or (wire is None and direct is None),
             },
         )
         loop = lib.sgw_loop_open(settings)
         if loop == ffi.NULL:
             raise OSError(ffi.errno, f"open a worker's loop: {os.strerror(ffi.errno)}")
         self._loop = ffi.gc(loop, lib.sgw_loop_free)
-        for family, sockaddr in backends.firsts:
+        for family, sockaddr in backends.targets:
             host, port, *rest = sockaddr
             # Behind a link-local address getaddrinfo() writes its scope.
             address = host.partition("%")[0].encode()
@@ -136,6 +145,21 @@ class CompiledLoop:
     def uncaptured(self) -> int:
         """Sessions so far whose applications the direct path has not captured."""
         return self._loop.uncaptured  # type: ignore[no-any-return]
+
+    @property
+    def undirected(self) -> tuple[int, int]:
+        """Sessions so far that could go direct, but for memory, or another refusal."""
+        return self._loop.undirected_for_room, self._loop.undirected
+
+    @property
+    def on_direct(self) -> int:
+        """Sessions that are with the loop now and go direct."""
+        return self._loop.on_direct  # type: ignore[no-any-return]
+
+    @property
+    def directed(self) -> int:
+        """Sessions so far that went direct."""
+        return self._loop.directed  # type: ignore[no-any-return]
 
     @property
     def relayed(self) -> int:
@@ -189,7 +213,7 @@ class CompiledLoop:
         session = {
             "client": released.client.fileno(),
             "backend": released.backend.fileno(),
-            "turn": released.turn,
+            "target": released.target,
             "age_ns": _ns(released.age_s),
             "bytes": released.sent,
             "direct_bytes": released.direct_bytes,
@@ -219,6 +243,11 @@ class CompiledLoop:
             return []
         self._loop.released_count = 0
         return [_released(self._loop.released[i]) for i in range(count)]
+
+    def told(self) -> list[int]:
+        """Take the sessions on direct that are to be looked at, by `DirectPair.index`."""
+        count, self._loop.told_count = self._loop.told_count, 0
+        return ffi.unpack(self._loop.told, count) if count else []
 
     def ended(self) -> list[Ended]:
         """Return the sessions that ended since the last call."""
@@ -285,10 +314,12 @@ def _released(record: Any) -> Released:  # noqa: ANN401 - struct sgw_released
         _socket(record.client, record.client_family),
         ffi.string(record.client_name).decode(),
         record.turn,
+        record.target,
         None if record.backend < 0 else _socket(record.backend, record.backend_family),
         record.is_connected,
         record.is_counted,
         record.is_unfit,
+        record.direct if record.is_direct else None,
         _CAPTURED[record.captured],
         WAYS[record.way],
         record.error,
@@ -303,7 +334,7 @@ def _released(record: Any) -> Released:  # noqa: ANN401 - struct sgw_released
 
 
 def _ended(  # noqa: PLR0917 - in the order of the struct
-    turn: int,
+    target: int,
     finish: int,
     age_ns: int,
     to_backend_bytes: int,
@@ -312,7 +343,7 @@ def _ended(  # noqa: PLR0917 - in the order of the struct
     to_client_wire_bytes: int,
     to_backend_direct_bytes: int,
     to_client_direct_bytes: int,
-    is_wired: int,
+    path: int,
     client_since_ns: int,
     client_us: int,
     client_retransmits: int,
@@ -324,7 +355,7 @@ def _ended(  # noqa: PLR0917 - in the order of the struct
 ) -> Ended:
     return Ended(
         name.partition(b"\0")[0].decode(),
-        turn,
+        target,
         age_ns / _NS,
         to_backend_bytes,
         to_client_bytes,
@@ -333,7 +364,7 @@ def _ended(  # noqa: PLR0917 - in the order of the struct
         _FINISHES[finish],
         (to_backend_wire_bytes, to_client_wire_bytes),
         (to_backend_direct_bytes, to_client_direct_bytes),
-        bool(is_wired),
+        _PATHS[path],
         backend_name.partition(b"\0")[0].decode(),
     )
 

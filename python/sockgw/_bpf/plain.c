@@ -48,14 +48,18 @@
 static void finish(struct loop *loop, uint32_t index)
 {
 	struct session *session = &loop->sessions[index];
+	struct sgw_ended *record;
 
 	if (!keeps_sockets(loop, session, true)) /* it cannot be: after a FIN nothing switches */
 		return;
 	count_relayed(loop, session);
-	read_stats(loop, session, record_end(loop, session, SGW_EOF)->stats);
+	record = record_end(loop, session, SGW_EOF);
+	read_stats(loop, session, record->stats);
+	leave_direct(loop, session, record);
 	/* What close() sends first to one of them is that FIN. */
 	close(session->fds[BACKEND]);
 	close(session->fds[CLIENT]);
+	forget_direct(loop, session);
 	free_session(loop, index);
 }
 
@@ -81,12 +85,19 @@ static void copy(struct loop *loop, uint32_t index, uint32_t side, uint32_t even
 			return;
 		}
 		if (!received) {
+			if (!may_end(loop, index, way))
+				return;
 			if (session->is_ended[!way])
 				finish(loop, index);
 			else if (shutdown(target, SHUT_WR)) /* ENOTCONN: reset just now */
 				release_failed(loop, index, !way, errno);
 			else
 				session->is_ended[way] = 1;
+			return;
+		}
+		/* recv() first, then the look: what came before is not behind it. */
+		if (is_overtaken(loop, session, way)) {
+			release_full(loop, index, way, loop->buffer, (size_t)received);
 			return;
 		}
 		sent = send(target, loop->buffer, (size_t)received, MSG_NOSIGNAL);
@@ -110,7 +121,8 @@ static void copy(struct loop *loop, uint32_t index, uint32_t side, uint32_t even
 		    begin_gathering(loop, index, way, NULL, 0))
 			return;
 		session->is_answered |= side == BACKEND;
-		if (session->bytes[way] > STREAM_BYTES && session->wire == NONE)
+		if (session->bytes[way] > STREAM_BYTES && session->wire == NONE &&
+		    session->direct == NONE)
 			count_relayed(loop, session);
 		/* Less than there was room for is all there is, and the next
 		 * byte is an event; a FIN that was announced is not.
@@ -164,6 +176,7 @@ void begin(struct loop *loop, int client, const struct sockaddr_in6 *address)
 	session->fds[CLIENT] = client;
 	session->address = *address;
 	session->turn = (uint32_t)__atomic_fetch_add(loop->settings.turns, 1, __ATOMIC_RELAXED);
+	session->target = session->turn % loop->settings.rotation;
 	session->state = DIALLING;
 	append(loop, &loop->dialling, index);
 
@@ -227,11 +240,11 @@ static enum direct_answer are_captured(const struct loop *loop, const struct ses
 	uint64_t client = sgw_cookie(session->fds[CLIENT]);
 	uint64_t backend = sgw_cookie(session->fds[BACKEND]);
 	int map = loop->settings.found_map;
-	uint64_t application;
+	struct direct_found end;
 
-	if (bpf_map_lookup_elem(map, &client, &application))
+	if (bpf_map_lookup_elem(map, &client, &end))
 		return DIRECT_NO;
-	if (!bpf_map_lookup_elem(map, &backend, &application))
+	if (!bpf_map_lookup_elem(map, &backend, &end))
 		return DIRECT_YES;
 	if (is_answered || loop->now_ns - session->started_ns >= CAPTURED_BY_NS)
 		return DIRECT_NO;
@@ -248,6 +261,9 @@ void choose_path(struct loop *loop, uint32_t index, uint32_t side)
 			are_captured(loop, session, side == BACKEND || session->is_answered);
 		loop->public.uncaptured += session->captured == DIRECT_NO;
 	}
+	if (session->captured == DIRECT_YES && session->direct == NONE &&
+	    !(session->seen & EPOLLRDHUP))
+		go_direct(loop, index);
 	if (session->captured == DIRECT_NO && loop->settings.wire && !session->is_tried)
 		arm(loop, index);
 }
@@ -260,7 +276,7 @@ bool hand_over(struct loop *loop, uint32_t index, uint32_t side)
 
 	choose_path(loop, index, side);
 	if (session->captured == DIRECT_NOT_YET || session->wire != NONE ||
-	    !loop->settings.is_splicing || !may_hand_over(loop))
+	    session->direct != NONE || !loop->settings.is_splicing || !may_hand_over(loop))
 		return false;
 	record = release(loop, index, SGW_HANDOVER);
 	if (record)
@@ -281,7 +297,8 @@ static void on_bytes(struct loop *loop, uint32_t index, uint32_t side, uint32_t 
 		if (session->armed_events > ARMED_EVENTS)
 			give_up_wire(loop, index, true);
 	}
-	if (!is_worth_handover(loop, session, side, events) || !hand_over(loop, index, side))
+	if (session->direct != NONE || !is_worth_handover(loop, session, side, events) ||
+	    !hand_over(loop, index, side))
 		copy(loop, index, side, events);
 }
 

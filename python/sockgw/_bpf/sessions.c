@@ -23,7 +23,7 @@ uint64_t clock_ns(void)
 
 const struct target *target_of(const struct loop *loop, const struct session *session)
 {
-	return &loop->targets[session->turn % loop->target_count];
+	return &loop->targets[session->target];
 }
 
 void append(struct loop *loop, struct list *list, uint32_t index)
@@ -68,7 +68,7 @@ uint32_t take_session(struct loop *loop)
 	session->generation = generation;
 	session->started_ns = session->active_ns = loop->now_ns;
 	session->fds[CLIENT] = session->fds[BACKEND] = -1;
-	session->wire = NONE;
+	session->wire = session->direct = NONE;
 	session->captured = loop->settings.found_map < 0 ? DIRECT_NO : DIRECT_NOT_YET;
 	loop->public.open++;
 	return index;
@@ -209,8 +209,15 @@ struct sgw_released *release(struct loop *loop, uint32_t index, enum sgw_reason 
 	record->is_counted = session->is_counted;
 	record->is_unfit = session->is_unfit;
 	record->captured = session->captured;
+	if (session->direct != NONE) { /* Python's, as its sockets are */
+		record->is_direct = true;
+		record->direct = session->direct;
+		session->direct = NONE;
+		loop->public.on_direct--;
+	}
 	memcpy(record->told, session->told, sizeof(record->told));
 	record->turn = session->turn;
+	record->target = session->target;
 	record->age_ns = loop->now_ns - session->started_ns;
 	memcpy(record->bytes, session->bytes, sizeof(record->bytes));
 	memcpy(record->direct_bytes, session->direct_bytes, sizeof(record->direct_bytes));
@@ -238,7 +245,7 @@ void release_undialled(struct loop *loop, uint32_t index, int error)
 		record->error = error;
 }
 
-/* The target has no room for what was received in `way`. */
+/* The target has no room for what was received in `way`, or it may not be sent on yet. */
 void release_full(struct loop *loop, uint32_t index, uint32_t way, const char *held, size_t length)
 {
 	struct sgw_released *record = release(loop, index, SGW_FULL);
@@ -254,7 +261,7 @@ struct sgw_ended *record_end(struct loop *loop, const struct session *session, e
 	struct sgw_ended *record = &loop->ended[loop->public.ended_count++];
 
 	memset(record, 0, sizeof(*record));
-	record->turn = session->turn;
+	record->target = session->target;
 	record->end = end;
 	record->age_ns = loop->now_ns - session->started_ns;
 	memcpy(record->bytes, session->bytes, sizeof(record->bytes));

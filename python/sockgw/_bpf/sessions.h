@@ -2,7 +2,8 @@
 /*
  * The loop's sessions, and what its parts ask of each other: where they are kept and
  * how they leave (sessions.c), the plain ones (plain.c), those that are made to pause
- * (gather.c) and those on wire (wired.c). loop.c has the turns of the loop around them.
+ * (gather.c), those on direct (directed.c) and those on wire (wired.c). loop.c has the
+ * turns of the loop around them.
  */
 #ifndef SOCKGW_SESSIONS_H
 #define SOCKGW_SESSIONS_H
@@ -20,6 +21,7 @@
 #define OWN (1ULL << 63)
 #define GENERATION_MASK 0x7fffffffU
 #define WIRE_RING UINT64_MAX
+#define DIRECT_RING (UINT64_MAX - 1)
 
 /* Edge-triggered: one mask for a session's life. EPOLLPRI, because an urgent
  * byte ends a recv() early, and a short recv() must mean that there is no more.
@@ -50,12 +52,15 @@ struct session {
 	uint64_t active_ns;
 	uint64_t bytes[2]; /* by way */
 	uint64_t direct_bytes[2]; /* before it was returned */
+	uint64_t seen_direct; /* bytes handed over, when it was last found to be idle */
 	int fds[2]; /* by side */
 	uint32_t generation;
 	uint32_t turn;
+	uint32_t target;
 	uint32_t next; /* in its state's list */
 	uint32_t previous;
 	uint32_t wire; /* its id there, or NONE */
+	uint32_t direct; /* and so */
 	uint32_t seen; /* epoll's events of the client while its backend is dialled */
 	uint8_t state;
 	uint8_t is_ended[2]; /* by way: its FIN is passed on */
@@ -123,11 +128,13 @@ struct loop {
 	struct list on_wire;
 	struct gathering *gathering;
 	struct ring_buffer *wire_ring;
+	struct ring_buffer *direct_ring;
 	int vault;
 	uint32_t *by_wire; /* sessions[] by id - the process's first */
 	struct sgw_event events[EVENTS];
 	struct sgw_released released[RECORDS];
 	struct sgw_ended ended[RECORDS];
+	uint32_t told[RECORDS];
 	char buffer[SGW_COPY_BYTES];
 };
 
@@ -172,6 +179,19 @@ void look_at_gatherings(struct loop *loop);
 void take_peeked(struct session *session);
 void drop_gathering(struct loop *loop, struct session *session);
 void give_up_wire(struct loop *loop, uint32_t index, bool is_for_good);
+
+/* --- directed.c */
+
+/* false: no memory, or no descriptor. */
+bool watch_direct(struct loop *loop);
+void take_direct_events(struct loop *loop);
+void go_direct(struct loop *loop, uint32_t index);
+bool is_overtaken(const struct loop *loop, const struct session *session, uint32_t way);
+bool may_end(struct loop *loop, uint32_t index, uint32_t way);
+void leave_direct(struct loop *loop, struct session *session, struct sgw_ended *record);
+void forget_direct(struct loop *loop, struct session *session);
+uint64_t handed_over(const struct loop *loop, const struct session *session, uint32_t way);
+bool is_silent_on_direct(const struct loop *loop, struct session *session);
 
 /* --- wired.c */
 

@@ -8,7 +8,6 @@
 #include <stdlib.h>
 #include <string.h>
 #include <sys/ioctl.h>
-#include <sys/prctl.h>
 #include <sys/socket.h>
 #include <unistd.h>
 #include <linux/sockios.h>
@@ -225,43 +224,9 @@ void sgw_totals(const struct sock_slot *slots, size_t count, struct sgw_totals *
 	}
 }
 
-int sgw_direct_ask(int program, const struct direct_ask *ask)
-{
-	LIBBPF_OPTS(bpf_test_run_opts, run, .data_in = ask, .data_size_in = sizeof(*ask),
-		    .repeat = 1);
-	int err = bpf_prog_test_run_opts(program, &run);
-
-	return err < 0 ? err : (int)run.retval;
-}
-
-void sgw_direct_totals(const struct direct_slot *slots, size_t count,
-		       struct sgw_direct_totals *totals)
-{
-	size_t i;
-
-	memset(totals, 0, sizeof(*totals));
-	for (i = 0; i < count; i++) {
-		totals->bytes[i % SOCK_SLOTS_PER_SESSION] += slots[i].bytes;
-		totals->messages += slots[i].messages;
-		totals->passed_messages += slots[i].passed_messages;
-	}
-}
-
 static int compare_fds(const void *one, const void *other)
 {
 	return *(const int *)one - *(const int *)other;
-}
-
-static void take_all_out(int map)
-{
-	uint64_t cookie;
-
-	while (!bpf_map_get_next_key(map, NULL, &cookie)) {
-		int err = bpf_map_delete_elem(map, &cookie);
-
-		if (err && err != -ENOENT) /* closed meanwhile: so be it */
-			return;
-	}
 }
 
 /* What a process has open it keeps from its end: a listener, a log's reader, the links. */
@@ -279,20 +244,6 @@ void sgw_close_all_but(int *kept, size_t count)
 		first = (unsigned int)kept[i] + 1;
 	}
 	close_range(first, ~0U, 0);
-}
-
-void sgw_direct_guard(int senders_map, int sockets_map, int alive)
-{
-	int kept[] = { alive, senders_map, sockets_map };
-	char byte;
-
-	prctl(PR_SET_NAME, "sockgw-guard");
-	sgw_close_all_but(kept, sizeof(kept) / sizeof(*kept));
-	while (read(alive, &byte, 1) < 0 && errno == EINTR)
-		;
-	take_all_out(senders_map);
-	take_all_out(sockets_map);
-	_exit(0);
 }
 
 uint64_t sgw_cookie(int fd)

@@ -13,7 +13,6 @@
 #include <netinet/icmp6.h>
 #include <netinet/ip6.h>
 #include <netinet/ip_icmp.h>
-#include <pthread.h>
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
@@ -25,6 +24,7 @@
 #include <linux/io_uring.h>
 #include <linux/rtnetlink.h>
 #include <linux/tcp.h>
+#include "places.h"
 #include "wire_calls.h"
 
 #define LEG_CLIENT SOCK_SLOT_TO_BACKEND /* a leg has the number of the way that it feeds */
@@ -46,11 +46,7 @@ struct sgw_wire {
 	struct sgw_wire_settings settings;
 	int raw4; /* they send resets, and receive nothing */
 	int raw6;
-	pthread_mutex_t lock; /* guards free, taken by the loops of this process */
-	/* First in, first out: a place rests as long as it can before its reuse. */
-	uint32_t *free;
-	uint32_t free_first;
-	uint32_t free_count;
+	struct places places;
 };
 
 /* --- sessions in the maps */
@@ -70,38 +66,15 @@ static void set_free(struct sgw_wire *wire)
 	struct wire_session session;
 	uint32_t i;
 
-	wire->free_first = wire->free_count = 0;
+	places_clear(&wire->places);
 	for (i = 0; i < wire->settings.sessions; i++) {
 		uint32_t id = wire->settings.first + i;
 
 		/* Another gateway's that has died; sgw_loop_adopt() sees to it. */
 		if (wire->settings.is_inherited && wire_find(wire, id, &session) != WIRE_FREE)
 			continue;
-		wire->free[wire->free_count++] = id;
+		places_give_back(&wire->places, id);
 	}
-}
-
-static bool take(struct sgw_wire *wire, uint32_t *id)
-{
-	bool is_taken;
-
-	pthread_mutex_lock(&wire->lock);
-	is_taken = wire->free_count > 0;
-	if (is_taken) {
-		*id = wire->free[wire->free_first];
-		wire->free_first = (wire->free_first + 1) % wire->settings.sessions;
-		wire->free_count--;
-	}
-	pthread_mutex_unlock(&wire->lock);
-	return is_taken;
-}
-
-static void give_back(struct sgw_wire *wire, uint32_t id)
-{
-	pthread_mutex_lock(&wire->lock);
-	wire->free[(wire->free_first + wire->free_count) % wire->settings.sessions] = id;
-	wire->free_count++;
-	pthread_mutex_unlock(&wire->lock);
 }
 
 uint32_t wire_first(const struct sgw_wire *wire)
@@ -318,7 +291,7 @@ enum wire_unfit wire_arm(struct sgw_wire *wire, const int *fds, uint32_t worker,
 
 	if (unfit)
 		return unfit;
-	if (!take(wire, id))
+	if (!places_take(&wire->places, id))
 		return WIRE_NO_ROOM;
 	for (way = 0; way < WIRE_WAYS; way++) {
 		struct wire_slot *slot = wire_slot(wire, *id, way);
@@ -356,7 +329,7 @@ enum wire_unfit wire_arm(struct sgw_wire *wire, const int *fds, uint32_t worker,
 	wire_fit_windows(wire, *id, fds);
 	return WIRE_FITS;
 failed:
-	give_back(wire, *id);
+	places_give_back(&wire->places, *id);
 	return WIRE_NO_ROOM;
 }
 
@@ -374,7 +347,7 @@ bool wire_disarm(struct sgw_wire *wire, uint32_t id, const int *fds)
 		delete_flows(wire, id, &session);
 		set_state(wire, id, &session, WIRE_FREE);
 	}
-	give_back(wire, id);
+	places_give_back(&wire->places, id);
 	if (fds)
 		free_windows(fds);
 	return true;
@@ -603,7 +576,7 @@ void wire_end(struct sgw_wire *wire, uint32_t id, bool is_client_reset, bool is_
 	}
 	/* Nothing that is told of it from now on is for its next owner. */
 	wire_slot(wire, id, 0)->generation++;
-	give_back(wire, id);
+	places_give_back(&wire->places, id);
 }
 
 /* --- packets that are too long */
@@ -839,7 +812,7 @@ void wire_free(struct sgw_wire *wire, uint32_t id)
 		delete_flows(wire, id, &session);
 		set_state(wire, id, &session, WIRE_FREE);
 	}
-	give_back(wire, id);
+	places_give_back(&wire->places, id);
 }
 
 /* --- for Python */
@@ -886,17 +859,16 @@ struct sgw_wire *sgw_wire_open(const struct sgw_wire_settings *settings)
 	if (!wire)
 		return NULL;
 	wire->settings = *settings;
-	wire->free = calloc(settings->sessions, sizeof(*wire->free));
 	wire->raw4 = socket(AF_INET, SOCK_RAW | SOCK_CLOEXEC, IPPROTO_RAW);
 	wire->raw6 = socket(AF_INET6, SOCK_RAW | SOCK_CLOEXEC, IPPROTO_RAW);
-	if (!wire->free || wire->raw4 < 0) { /* a host may have no IPv6 */
+	if (!places_open(&wire->places, settings->sessions) ||
+	    wire->raw4 < 0) { /* a host may have no IPv6 */
 		int error = errno;
 
 		sgw_wire_close(wire);
 		errno = error;
 		return NULL;
 	}
-	pthread_mutex_init(&wire->lock, NULL);
 	set_free(wire);
 	return wire;
 }
@@ -967,6 +939,6 @@ void sgw_wire_close(struct sgw_wire *wire)
 		close(wire->raw4);
 	if (wire->raw6 >= 0)
 		close(wire->raw6);
-	free(wire->free);
+	places_close(&wire->places);
 	free(wire);
 }

@@ -46,7 +46,7 @@ static void end_wired(struct loop *loop, uint32_t index, enum sgw_end end, bool 
 	struct wire_session found;
 	uint32_t way;
 
-	record->is_wired = 1;
+	record->path = SGW_ON_WIRE;
 	memcpy(record->stats, session->stats, sizeof(record->stats));
 	for (way = 0; way < 2; way++) {
 		const struct wire_slot *slot = wire_slot(wire, session->wire, way);
