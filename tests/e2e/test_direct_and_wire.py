@@ -256,7 +256,7 @@ def test_random_transfers(
     """Random two-way transfers of a crowd, half of it captured, arrive as they were sent."""
     running = gateway(backend.address, processes=processes)
     run = Run(random_seed(), longest=4 * MIB)
-    count = 40
+    count = 64  # of 20 that are not captured 3 to 10 last until they are on wire
     enough = threading.Event()
     serving = Task(serve, backend, run, enough)
     # Both kinds at once, and some of each find the other kind on its way.

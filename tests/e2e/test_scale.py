@@ -15,7 +15,7 @@ import pytest
 
 from . import kernel
 from .crowd import crowd_process, echo_process
-from .paths import in_kernel, with_processes
+from .paths import PATHS, each, in_kernel
 from .peers import EchoServer, connect, reset
 from .traffic import KIB, MIB, expect, pause, read_bytes
 from .waits import eventually, settled
@@ -41,7 +41,7 @@ LOST_RESET_S = 5
 it drops is sent again, but not a reset: then only silence tells that the client is gone."""
 
 
-@with_processes
+@pytest.mark.parametrize("path", each(*PATHS), indirect=True)
 @pytest.mark.timeout(240)
 def test_5000_sessions_at_once(gateway: StartGateway, path: PathUnderTest) -> None:
     """5,000 sessions, each echoing: little memory while idle, and nothing left afterwards."""

@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from .paths import PathUnderTest
     from .peers import Backend
 
-SESSIONS = 200
+SESSIONS = 160
 AT_ONCE = 16
 SECONDS = float(os.environ.get("SOCKGW_TEST_SECONDS") or 0)
 

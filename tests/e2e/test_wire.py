@@ -812,7 +812,7 @@ def test_window_scales_that_differ(
     assert shared.lines(1)[0]["path"] == WIRE
 
 
-@everywhere
+@near_and_far
 @pytest.mark.parametrize("begin", ["dialogue", "stream"])
 @pytest.mark.parametrize("buffer_kib", [16, 32, 56])
 def test_a_client_with_a_small_buffer(
