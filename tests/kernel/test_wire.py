@@ -1385,11 +1385,7 @@ def test_ports_of_a_client_begin_another_session(worker: Worker, taps: MakeTaps)
     port = session.client_address[1]
     vanish(session.client.socket)
 
-    def bind(sock: socket.socket) -> None:
-        sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        sock.bind((HOSTS[worker.family], port))
-
-    client = worker.connect(bind)
+    client = worker.connect(lambda sock: only_port(sock, port))
     assert session.is_forgotten
     onward = session.onward(Way.TO_BACKEND)
     assert not [one for one in arrived.packets() if (one.source, one.target) == onward]
@@ -1582,8 +1578,9 @@ def test_ports_of_the_backend_leg_are_kept(worker: Worker) -> None:
     assert dial_from(source[1], worker.family, target) == errno.EADDRNOTAVAIL
     with socket.socket(worker.family) as sock:
         sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        sock.bind(source)
-        assert sock.connect_ex(target) == errno.EADDRNOTAVAIL
+        with contextlib.suppress(OSError):  # EADDRINUSE: another connection of that port rests
+            sock.bind(source)
+            assert sock.connect_ex(target) == errno.EADDRNOTAVAIL
     session.goes_on()
     session.client.reset()
     worker.the_ended()
@@ -1616,10 +1613,10 @@ def test_ports_taken_at_the_last_moment(ipv4_worker: Worker) -> None:
     session.switch()
     source, target = session.onward(Way.TO_BACKEND)
     with socket.socket() as thief:
-        thief.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        # Not by bind(), which fails if another connection of that port rests (TIME_WAIT).
+        only_port(thief, source[1])
         thief.setblocking(False)
         with stopped_before("connect", lambda: ipv4_worker.loop.poll(0)):
-            thief.bind(source)
             assert thief.connect_ex(target) == errno.EINPROGRESS
         ended = ipv4_worker.the_ended()
         assert (ended.finish, totals(ended)) == (Finish.LOST, said(session))
