@@ -387,7 +387,11 @@ def connect_from(port: int, address: str, *, timeout_s: float = DEADLINE_S) -> s
         sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         sock.settimeout(timeout_s)
-        sock.bind(("", port))
+        try:
+            sock.bind(("", port))
+        except OSError:  # another connection of that port, which is no obstacle to connect()
+            only_port = struct.pack("=I", port | port << 16)
+            sock.setsockopt(socket.SOL_IP, _IP_LOCAL_PORT_RANGE, only_port)
         sock.connect(split_address(address))
     except OSError:
         sock.close()
@@ -396,7 +400,8 @@ def connect_from(port: int, address: str, *, timeout_s: float = DEADLINE_S) -> s
     return sock
 
 
-# linux/tcp.h; `socket` has no names for these.
+# linux/in.h, linux/tcp.h; `socket` has no names for these.
+_IP_LOCAL_PORT_RANGE = 51
 _TCP_REPAIR = 19
 _TCP_REPAIR_QUEUE = 20
 _TCP_QUEUE_SEQ = 21
