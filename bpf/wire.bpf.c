@@ -48,7 +48,6 @@ char LICENSE[] SEC("license") = "Dual BSD/GPL";
 #define TCP_ACK 0x10
 #define TCP_HEADER_BYTES 20
 #define TCP_OPTIONS_BYTES 40
-#define TCP_WINDOW_MAX 65535
 
 /* As they open an option list: NOP NOP TIMESTAMP 10, and NOP NOP SACK. */
 #define OPTION_TIMESTAMPS bpf_htonl(0x0101080a)
@@ -446,23 +445,18 @@ static __always_inline bool is_empty(struct tcp_sock *socket)
 static __always_inline bool fits_window(struct tcp_sock *from, struct tcp_sock *to, __u8 scale,
 					__u32 is_chatty, __u32 most_told)
 {
-	__u32 most = (__u32)TCP_WINDOW_MAX << (scale & 15), told = from->rcv_wnd;
-	__u32 may_send, segment;
+	__u32 told = from->rcv_wnd, may_send;
 
 	/* The kernel notes it before it cuts it to what the header holds. */
-	if (told > most)
-		told = most;
-	may_send = from->rcv_wup + told - from->rcv_nxt;
+	may_send = from->rcv_wup + WIRE_TOLD(told, scale & 15) - from->rcv_nxt;
 	/* No window that is told is larger; a clamp makes it smaller, and userspace keeps it. */
 	if (most_told < from->rcv_ssthresh)
 		most_told = from->rcv_ssthresh;
-	segment = (most_told < most ? most_told : most) / 2;
-	if (segment > from->advmss)
-		segment = from->advmss;
 
 	/* A window is told in units, rounded down: a small one might come to nothing. */
 	return (may_send <= to->snd_wnd || is_chatty) &&
-	       segment <= WIRE_SEGMENT_MOST(to->mss_cache) &&
+	       WIRE_SEGMENT(most_told, scale & 15, from->advmss) <=
+		       WIRE_SEGMENT_MOST(to->mss_cache) &&
 	       to->snd_wnd >> (scale & 15) >= LEAST_UNITS;
 }
 

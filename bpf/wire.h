@@ -60,10 +60,17 @@ struct wire_session {
 	__u32 ifindex[WIRE_WAYS]; /* where this way's packets leave; 0: up the stack */
 };
 
+/* A window as it is told, in units of `scale`; and how large the segments of a sender may be
+ * for which that was the largest: at most half of it (tcp_bound_to_half_wnd()).
+ */
+#define TCP_WINDOW_MAX 65535U
+#define WIRE_LEAST(a, b) ((a) < (b) ? (a) : (b))
+#define WIRE_TOLD(window, scale) WIRE_LEAST(window, TCP_WINDOW_MAX << (scale))
+#define WIRE_SEGMENT(window, scale, mss) WIRE_LEAST(WIRE_TOLD(window, scale) / 2, mss)
+
 /* How large segments to a receiver may be, if ours are of `mss` bytes: as large, by and
- * large. Ours are no more than half of the largest window that it has ever told
- * (tcp_bound_to_half_wnd()). Into a window that is smaller than a segment its sender would
- * send nothing before a timer says so, 200 ms later, again and again.
+ * large. Into a window that is smaller than a segment its sender would send nothing before
+ * a timer says so, 200 ms later, again and again.
  */
 #define WIRE_SEGMENT_MOST(mss) ((mss) + (mss) / 8)
 

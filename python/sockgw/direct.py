@@ -276,7 +276,7 @@ class Direct:
 
     def narrow(self, sessions: range, workers: range) -> None:
         """Make this, a forked process's copy, the one of `workers` and their `sessions`."""
-        _check(lib.sgw_direct_narrow(self.handle, sessions.start, len(sessions)))
+        lib.sgw_direct_narrow(self.handle, sessions.start, len(sessions))
         self._rings.narrow(workers)
 
     def reclaim(self, sessions: range, workers: range) -> None:

@@ -49,6 +49,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
     from .conftest import OpenSession, StartGateway
+    from .gateways import Gateway
 
 pytestmark = pytest.mark.parametrize(
     "path",
@@ -193,10 +194,7 @@ def test_receiver_that_closes_without_having_read(
     sender, receiver = _oriented(pair, direction)
     sender.sendall(b"unread")
     receiver.close()
-    with pytest.raises(ConnectionResetError):
-        sender.recv(1)
-    expected = "backend_reset" if direction == "to_backend" else "client_reset"
-    assert running.access_lines(1)[0]["end"] == expected
+    _assert_reset_by_receiver(running, sender, direction)
 
 
 @DIRECTIONS
@@ -212,6 +210,10 @@ def test_receiver_that_closes_with_bytes_on_their_way(
         sender.sendall(bytes(MOST_OF_IT))
         sender.sendall(bytes(MOST_OF_IT))
         receiver.close()
+    _assert_reset_by_receiver(running, sender, direction)
+
+
+def _assert_reset_by_receiver(running: Gateway, sender: socket.socket, direction: str) -> None:
     with pytest.raises(ConnectionResetError):
         sender.recv(1)
     expected = "backend_reset" if direction == "to_backend" else "client_reset"

@@ -173,8 +173,8 @@ struct sgw_direct_way { /* what userspace knows of a direction of a session that
 
 /* NULL: no memory. */
 struct sgw_direct *sgw_direct_open(const struct sgw_direct_settings *settings);
-/* Make a forked process's copy its own, with these places: 0 or -errno. */
-int sgw_direct_narrow(struct sgw_direct *direct, uint32_t first, uint32_t sessions);
+/* Make a forked process's copy its own, with these places; none is in use yet. */
+void sgw_direct_narrow(struct sgw_direct *direct, uint32_t first, uint32_t sessions);
 void sgw_direct_close(struct sgw_direct *direct);
 /* Sessions that are watched. */
 uint32_t sgw_direct_active(const struct sgw_direct *direct);

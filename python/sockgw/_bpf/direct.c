@@ -15,7 +15,7 @@
 struct sgw_direct {
 	struct sgw_direct_settings settings;
 	struct places places;
-	struct sgw_direct_way *ways; /* by slot, from this process's first on */
+	struct sgw_direct_way *ways; /* by slot, of all processes */
 };
 
 static int ask_program(const struct sgw_direct *direct, const struct direct_ask *ask)
@@ -34,25 +34,14 @@ int sgw_direct_ask(const struct sgw_direct *direct, enum direct_question questio
 	return ask_program(direct, &ask);
 }
 
-static bool set_free(struct sgw_direct *direct)
+static void set_free(struct sgw_direct *direct)
 {
 	const struct sgw_direct_settings *settings = &direct->settings;
 	uint32_t id;
 
-	/* Zeroed pages: what is never used takes no memory. */
-	direct->ways = calloc(settings->sessions, SOCK_SLOTS_PER_SESSION * sizeof(*direct->ways));
-	if (!direct->ways || !places_open(&direct->places, settings->sessions))
-		return false;
+	places_clear(&direct->places);
 	for (id = settings->first; id < settings->first + settings->sessions; id++)
 		places_give_back(&direct->places, id);
-	return true;
-}
-
-static void drop_free(struct sgw_direct *direct)
-{
-	places_close(&direct->places);
-	free(direct->ways);
-	direct->ways = NULL;
 }
 
 struct sgw_direct *sgw_direct_open(const struct sgw_direct_settings *settings)
@@ -62,23 +51,27 @@ struct sgw_direct *sgw_direct_open(const struct sgw_direct_settings *settings)
 	if (!direct)
 		return NULL;
 	direct->settings = *settings;
-	if (set_free(direct))
-		return direct;
-	sgw_direct_close(direct);
-	return NULL;
+	/* Zeroed pages: what is never used takes no memory. */
+	direct->ways = calloc(settings->sessions, SOCK_SLOTS_PER_SESSION * sizeof(*direct->ways));
+	if (!direct->ways || !places_open(&direct->places, settings->sessions)) {
+		sgw_direct_close(direct);
+		return NULL;
+	}
+	set_free(direct);
+	return direct;
 }
 
-int sgw_direct_narrow(struct sgw_direct *direct, uint32_t first, uint32_t sessions)
+void sgw_direct_narrow(struct sgw_direct *direct, uint32_t first, uint32_t sessions)
 {
-	drop_free(direct);
 	direct->settings.first = first;
 	direct->settings.sessions = sessions;
-	return set_free(direct) ? 0 : -ENOMEM;
+	set_free(direct);
 }
 
 void sgw_direct_close(struct sgw_direct *direct)
 {
-	drop_free(direct);
+	places_close(&direct->places);
+	free(direct->ways);
 	free(direct);
 }
 
@@ -94,7 +87,7 @@ struct direct_slot *sgw_direct_words(const struct sgw_direct *direct, uint32_t s
 
 struct sgw_direct_way *sgw_direct_way(const struct sgw_direct *direct, uint32_t slot)
 {
-	return &direct->ways[slot - direct->settings.first * SOCK_SLOTS_PER_SESSION];
+	return &direct->ways[slot];
 }
 
 /* Begin at the words' present values. */

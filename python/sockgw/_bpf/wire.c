@@ -32,7 +32,6 @@
 #define FRESH_TTL 64
 
 #define LEAST_WINDOW 32768
-#define TCP_WINDOW_MAX 65535
 #define LOOPBACK_IFINDEX 1 /* in every network namespace */
 
 /* Of newer kernels than Debian 12's headers: linux/tcp.h (6.7), linux/in.h (6.3). */
@@ -249,12 +248,9 @@ void wire_fit_windows(const struct sgw_wire *wire, uint32_t id, const int *fds)
 	for (leg = 0; leg < WIRE_WAYS; leg++) {
 		uint32_t window = info[!leg].tcpi_snd_wnd >> info[leg].tcpi_rcv_wscale
 								     << info[leg].tcpi_rcv_wscale;
-		uint32_t most = (uint32_t)TCP_WINDOW_MAX << info[leg].tcpi_rcv_wscale;
-		uint32_t told = wire_slot(wire, id, leg)->most_told;
-		uint32_t segment = (told < most ? told : most) / 2;
+		uint32_t segment = WIRE_SEGMENT(wire_slot(wire, id, leg)->most_told,
+						info[leg].tcpi_rcv_wscale, info[leg].tcpi_advmss);
 
-		if (segment > info[leg].tcpi_advmss)
-			segment = info[leg].tcpi_advmss;
 		if (window >= LEAST_WINDOW && segment <= WIRE_SEGMENT_MOST(info[!leg].tcpi_snd_mss))
 			clamp_window(fds[leg], (int)window);
 	}
