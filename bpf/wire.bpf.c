@@ -440,7 +440,8 @@ static __always_inline bool is_empty(struct tcp_sock *socket)
 
 /* What a socket's peer may still send by what we told it, against what it is to be
  * sent to takes. A chatty session does not use its windows; but one must hold a segment of
- * any size, or its sender waits for a timer before it sends a part of one.
+ * any size, or its sender waits for a timer before it sends a part of one; and stay so: the
+ * window of a receiver that scales it by 1 never grows beyond what a header holds.
  */
 static __always_inline bool fits_window(struct tcp_sock *from, struct tcp_sock *to, __u8 scale,
 					__u32 is_chatty, __u32 most_told)
@@ -456,7 +457,8 @@ static __always_inline bool fits_window(struct tcp_sock *from, struct tcp_sock *
 	/* A window is told in units, rounded down: a small one might come to nothing. */
 	return ((may_send <= to->snd_wnd && WIRE_SEGMENT(most_told, scale & 15, from->advmss) <=
 						    WIRE_SEGMENT_MOST(to->mss_cache)) ||
-		(is_chatty && from->advmss <= to->snd_wnd)) &&
+		(is_chatty && from->advmss <= to->snd_wnd &&
+		 (to->snd_wnd > TCP_WINDOW_MAX || from->advmss <= to->snd_wnd / 2))) &&
 	       to->snd_wnd >> (scale & 15) >= LEAST_UNITS;
 }
 
